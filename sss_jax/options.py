@@ -69,6 +69,7 @@ class DataOptions:
     )
     threads: int = option(2, "reading threads", low=0, high=256)
     max_voxels: int = option(2**29, "refuse volumes that declare more voxels", low=1)
+    class_names: tuple[str, ...] = option((), "names of classes 1..K, for tables and reports")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -167,6 +168,7 @@ class LossOptions:
     dice: float = option(1.0, "weight of the soft Dice loss", low=0)
     coarse: float = option(0.4, "weight of both on the coarse head", low=0)
     iou: float = option(0.05, "weight of the L1 loss on the predicted IoU", low=0)
+    presence: float = option(0.05, "weight of the object-score loss (class in this slice?)", low=0)
     smooth: float = option(1e-5, "smoothing of the Dice ratio", low=0)
 
 
@@ -211,6 +213,10 @@ class EvalOptions:
 
     weights: str = option("ema", "parameters that predict", choices=("ema", "student"))
     slice_bucket: int = option(16, "volumes are padded to a multiple of this many slices", low=1)
+    encode_batch: int = option(16, "slices that pass through the network at once", low=1)
+    keep_bytes: int = option(
+        2**30, "features of a volume are kept up to this size, else computed twice", low=0
+    )
     flip_average: bool = option(False, "average the prediction over in-plane flips")
     nsd_tolerance: float = option(1.0, "tolerance of NSD, mm (or voxels)", low=0)
 
@@ -219,6 +225,9 @@ class EvalOptions:
 class Options:
     """All groups; the tree of a configuration."""
 
+    method: str = option(
+        "sss", "name of the method, for logs", choices=("supervised", "fixmatch", "unimatch_v2", "sss")
+    )
     model: ModelOptions = dataclasses.field(default_factory=ModelOptions)
     data: DataOptions = dataclasses.field(default_factory=DataOptions)
     weak: WeakOptions = dataclasses.field(default_factory=WeakOptions)

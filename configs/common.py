@@ -1,0 +1,44 @@
+"""What the configurations share: the methods, and the CPU-sized network."""
+
+from ml_collections import ConfigDict
+
+from sss_jax.config import default_config
+from sss_jax.errors import ConfigError
+
+METHODS = ("supervised", "fixmatch", "unimatch_v2", "sss")
+
+
+def base(method: str) -> ConfigDict:
+    """Return the defaults with the switches of one method.
+
+    `supervised` learns from labelled images alone; `fixmatch` adds one strong view and the network
+    as its own teacher (Sohn et al. 2020); `unimatch_v2` has two strong views, the EMA teacher and
+    complementary dropout (Yang et al. 2024); `sss` adds DFE and PCSW (Zhu et al. 2025).
+    """
+    if method not in METHODS:
+        raise ConfigError(f"unknown method {method!r}; known: {', '.join(METHODS)}")
+    config = default_config()
+    config.method = method
+    if method != "sss":
+        config.dfe.enabled = False
+        config.pcsw.enabled = False
+        config.semi.labelled_prompts = "none"
+    if method == "fixmatch":
+        config.semi.views = 1
+        config.semi.teacher = "student"
+        config.semi.dropout = False
+    if method == "supervised":
+        config.semi.enabled = False
+    return config
+
+
+def from_scratch(config: ConfigDict, *, image_size: int, steps: int) -> ConfigDict:
+    """Set up the `nano` network, trained on a CPU from random weights."""
+    config.model.preset = "nano"
+    config.model.image_size = image_size
+    config.model.class_token_std = 0.02
+    config.optimizer.rate = config.optimizer.encoder_rate = 1.5e-3
+    config.optimizer.schedule = "cosine"
+    config.optimizer.warmup_steps = 100
+    config.train.steps = steps
+    return config

@@ -1,0 +1,215 @@
+"""The command line: `sss-jax VERB`.
+
+Results go to stdout, logs to stderr. Exit codes: 0 done, 1 data or checkpoint, 2 usage or
+configuration, 3 non-finite numbers, 75 preempted (the same command resumes). Imports are inside
+the verbs, so that `-h` answers at once and configuration errors come before any device is touched.
+"""
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from sss_jax import __version__
+from sss_jax.errors import ConfigError, SSSError
+
+_OVERRIDE = "--config."
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one verb and return its exit code."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    overrides = [word.removeprefix(_OVERRIDE) for word in words if word.startswith(_OVERRIDE)]
+    parser = build_parser()
+    args = parser.parse_args([word for word in words if not word.startswith(_OVERRIDE)])
+    args.overrides = overrides
+    try:
+        if overrides and "config" not in args:
+            raise ConfigError(f"{_OVERRIDE}{overrides[0]} does not apply to `{args.verb}`")
+        return args.run(args)
+    except SSSError as error:
+        print(f"sss-jax: {error}", file=sys.stderr)
+        return error.exit_code
+    except BrokenPipeError:
+        # The reader of our stdout has gone (`| head`): nothing is left to say to it.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except KeyboardInterrupt:
+        print("sss-jax: interrupted", file=sys.stderr)
+        return 130
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Return the parser of all verbs."""
+    parser = argparse.ArgumentParser(
+        prog="sss-jax", description="Semi-supervised SAM-2 for medical image segmentation, in JAX."
+    )
+    parser.add_argument("--version", action="version", version=f"sss-jax {__version__}")
+    verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
+    for add in (_add_doctor, _add_data, _add_train, _add_predict, _add_evaluate, _add_report):
+        add(verbs)
+    return parser
+
+
+def _verb(
+    verbs: Any, name: str, run: Callable[[argparse.Namespace], int], text: str, *, as_json: bool
+) -> argparse.ArgumentParser:
+    parser = verbs.add_parser(name, help=text, description=text)
+    parser.set_defaults(run=run)
+    if as_json:
+        parser.add_argument("--json", action="store_true", help="print JSON for machines")
+    return parser
+
+
+def _add_doctor(verbs: Any) -> None:
+    _verb(verbs, "doctor", _doctor, "Say what this machine can run.", as_json=True)
+
+
+def _add_data(verbs: Any) -> None:
+    text = "Look at a data folder, or write phantoms."
+    inner = verbs.add_parser("data", help=text, description=text).add_subparsers(
+        dest="data_verb", required=True, metavar="VERB"
+    )
+    check = _verb(inner, "check", _data_check, "Report every problem of a folder.", as_json=True)
+    check.add_argument("folder", type=Path, help="folder with images/, labels/ and a split file")
+    check.add_argument("--config", help="configuration whose data settings apply")
+    phantoms = _verb(
+        inner, "phantoms", _data_phantoms, "Write the embedded phantom data set.", as_json=False
+    )
+    phantoms.add_argument("folder", type=Path, help="new or empty folder")
+    phantoms.add_argument("--seed", type=int, default=0)
+    phantoms.add_argument(
+        "--all-labels", action="store_true", help="write labels of the unlabelled cases too"
+    )
+
+
+def _add_train(verbs: Any) -> None:
+    train = _verb(
+        verbs, "train", _train, "Train; the same command resumes a stopped run.", as_json=True
+    )
+    train.add_argument(
+        "--config", required=True, help="FILE.py[:method] or a name such as hippocampus:sss"
+    )
+    train.add_argument("--data", type=Path, required=True, help="data folder")
+    train.add_argument("--workdir", type=Path, required=True, help="run folder")
+    train.add_argument("--fresh", action="store_true", help="discard what the run folder holds")
+    train.epilog = "Settings are changed by --config.GROUP.FIELD=VALUE."
+
+
+def _add_predict(verbs: Any) -> None:
+    predict = _verb(verbs, "predict", _predict, "Segment NIfTI images.", as_json=True)
+    predict.add_argument("--checkpoint", type=Path, required=True, help="run folder")
+    predict.add_argument("-i", "--input", type=Path, required=True, help="image, or a folder")
+    predict.add_argument("-o", "--output", type=Path, required=True, help="folder for the labels")
+    predict.add_argument("--which", choices=("best", "latest"), default="best")
+    predict.add_argument(
+        "--subset",
+        choices=("val", "test"),
+        help="INPUT is a data folder: segment these cases of the run's split",
+    )
+
+
+def _add_evaluate(verbs: Any) -> None:
+    evaluate = _verb(verbs, "evaluate", _evaluate, "Compare labels with a reference.", as_json=True)
+    evaluate.add_argument("--pred", type=Path, required=True, help="folder of predicted labels")
+    evaluate.add_argument("--ref", type=Path, required=True, help="folder of reference labels")
+    evaluate.add_argument("-o", "--output", type=Path, help="folder of the tables (default: PRED)")
+    evaluate.add_argument("--classes", type=int, help="number of classes (default: the largest)")
+    evaluate.add_argument("--tolerance", type=float, default=1.0, help="of NSD, mm or voxels")
+
+
+def _add_report(verbs: Any) -> None:
+    report = _verb(verbs, "report", _report, "Write one HTML page on a run.", as_json=False)
+    report.add_argument("workdir", type=Path)
+    report.add_argument("-o", "--output", type=Path, help="file (default: WORKDIR/report.html)")
+
+
+def _doctor(args: argparse.Namespace) -> int:
+    from sss_jax.doctor import diagnose
+
+    return _print_report(diagnose(), args.json)
+
+
+def _data_check(args: argparse.Namespace) -> int:
+    from sss_jax import config
+    from sss_jax.data.check import check_folder
+    from sss_jax.options import Options
+
+    options = config.load(args.config, args.overrides) if args.config else Options()
+    classes = options.model.num_classes if args.config else None
+    split = options.data.split if args.config else None
+    return _print_report(check_folder(args.folder, split, options.data, classes), args.json)
+
+
+def _print_report(report: Any, as_json: bool) -> int:
+    print(json.dumps(report.to_json(), indent=2) if as_json else report.render())
+    return 1 if report.problems else 0
+
+
+def _data_phantoms(args: argparse.Namespace) -> int:
+    from sss_jax.data.synthetic import write_phantoms
+
+    write_phantoms(args.folder, seed=args.seed, all_labels=args.all_labels)
+    print(args.folder)
+    return 0
+
+
+def _train(args: argparse.Namespace) -> int:
+    from sss_jax import config
+
+    options = config.load(args.config, args.overrides)
+    from sss_jax.train.loop import train
+
+    summary = train(options, args.data, args.workdir, fresh=args.fresh)
+    print(json.dumps(summary, indent=2) if args.json else _render_summary(summary))
+    return 0
+
+
+def _render_summary(summary: dict[str, Any]) -> str:
+    return "\n".join(f"{name}: {value}" for name, value in summary.items())
+
+
+def _predict(args: argparse.Namespace) -> int:
+    from sss_jax.predict import run_predict
+
+    failures = run_predict(
+        args.checkpoint,
+        args.input,
+        args.output,
+        which=args.which,
+        subset=args.subset,
+        report=lambda line: print(line, file=sys.stderr),
+    )
+    if args.json:
+        print(json.dumps({"output": str(args.output), "failures": failures}, indent=2))
+    else:
+        print(args.output)
+    return 1 if failures else 0
+
+
+def _evaluate(args: argparse.Namespace) -> int:
+    from sss_jax.evaluate import evaluate
+
+    summary = evaluate(
+        args.pred,
+        args.ref,
+        args.output or args.pred,
+        num_classes=args.classes,
+        tolerance=args.tolerance,
+    )
+    print(json.dumps(summary.to_json(), indent=2) if args.json else summary.render())
+    return 0
+
+
+def _report(args: argparse.Namespace) -> int:
+    from sss_jax.report import write_report
+
+    print(write_report(args.workdir, args.output))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
