@@ -1,0 +1,191 @@
+"""Hiera, the trunk of SAM-2's image encoder.
+
+Source: Hiera (Ryali et al. 2023) and SAM 2 (Ravi et al. 2024).
+"""
+
+import flax.linen as nn
+import jax.numpy as jnp
+
+from sss_jax.axes import Array, Float
+from sss_jax.models import layers, position
+from sss_jax.models.presets import Sam2Config
+
+
+def block_table(config: Sam2Config) -> list[dict[str, int | bool]]:
+    """Width, heads, window and pooling of every block, in order.
+
+    The first block of stages 2 to 4 doubles the width and pools its queries. Its window is the
+    one of the stage before it, which the pooling then halves.
+    """
+    table = []
+    for stage, depth in enumerate(config.depths):
+        for i in range(depth):
+            enters = stage > 0 and i == 0
+            window = config.windows[stage - 1 if enters else stage]
+            table.append(
+                {
+                    "width": config.embed_dim * 2**stage,
+                    "heads": config.heads * 2**stage,
+                    "window": 0 if len(table) in config.global_blocks else window,
+                    "pool": enters,
+                }
+            )
+    return table
+
+
+class WindowAttention(nn.Module):
+    """Multi-head self-attention inside windows, with optional 2x2 max-pooled queries.
+
+    Windows that overhang the map hold padding tokens, whose q, k and v are the bias of the
+    projection (what a zero token gives). They take part in the softmax: SAM-2 was trained so.
+
+    Attributes:
+        width: output channels.
+        heads: attention heads.
+        window: side of a window; 0: the whole map.
+        pool: pool the queries.
+        dtype: computation type.
+    """
+
+    width: int
+    heads: int
+    window: int
+    pool: bool
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, x_BHWC: Float[Array, "B H W C"]) -> Float[Array, "B h w E"]:
+        """Attend; with `pool`, the sides are halved."""
+        _, height, width, _ = x_BHWC.shape
+        # Padding before the bias is added equals padding the input, without projecting zeros.
+        qkv = PaddedDense(3 * self.width, self.window, self.dtype, name="qkv")(x_BHWC)
+        if self.window:
+            qkv = layers.window_partition(qkv, self.window)
+        q, k, v = jnp.split(qkv, 3, axis=-1)
+        if self.pool:
+            q = layers.max_pool(q)
+            height, width = height // 2, width // 2
+        n, h, w, _ = q.shape
+        q, k, v = (layers.split_heads(a.reshape(n, -1, self.width), self.heads) for a in (q, k, v))
+        y = layers.merge_heads(layers.attention(q, k, v)).reshape(n, h, w, self.width)
+        if self.window:
+            y = layers.window_merge(y, height, width)
+        return nn.Dense(self.width, dtype=self.dtype, name="proj")(y)
+
+
+class PaddedDense(nn.Module):
+    """Linear layer whose output is padded to whole windows as if the input had been.
+
+    Attributes:
+        features: output channels.
+        window: side of a window; 0: no padding.
+        dtype: computation type.
+    """
+
+    features: int
+    window: int
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, x_BHWC: Float[Array, "B H W C"]) -> Float[Array, "B Hp Wp E"]:
+        """Project, pad with zeros, add the bias."""
+        shape = (x_BHWC.shape[-1], self.features)
+        kernel = self.param("kernel", nn.initializers.lecun_normal(), shape).astype(self.dtype)
+        bias = self.param("bias", nn.initializers.zeros, shape[1:]).astype(self.dtype)
+        y = x_BHWC.astype(self.dtype) @ kernel
+        if self.window:
+            y = layers.pad_to_windows(y, self.window)
+        return y + bias[None, None, None]
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block.
+
+    Attributes:
+        width: output channels.
+        heads: attention heads.
+        window: side of a window; 0: the whole map.
+        pool: halve the resolution.
+        mlp_ratio: hidden width over width.
+        dtype: computation type.
+    """
+
+    width: int
+    heads: int
+    window: int
+    pool: bool
+    mlp_ratio: int
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, x_BHWC: Float[Array, "B H W C"]) -> Float[Array, "B h w E"]:
+        """Attend, then transform every token."""
+        shortcut = x_BHWC
+        x = layers.layer_norm("norm1", self.dtype)(x_BHWC)
+        if shortcut.shape[-1] != self.width:
+            # A stage's first block projects the *normalised* tokens, unlike a plain residual.
+            shortcut = nn.Dense(self.width, dtype=self.dtype, name="proj")(x)
+            shortcut = layers.max_pool(shortcut) if self.pool else shortcut
+        attend = WindowAttention(
+            self.width, self.heads, self.window, self.pool, self.dtype, name="attn"
+        )
+        x = shortcut + attend(x)
+        y = layers.layer_norm("norm2", self.dtype)(x)
+        hidden = (self.mlp_ratio * self.width, self.width)
+        return x + layers.MLP(hidden, layers.gelu, self.dtype, name="mlp")(y)
+
+
+class PatchEmbed(nn.Module):
+    """Overlapping patches: one strided convolution.
+
+    Attributes:
+        config: network shape.
+    """
+
+    config: Sam2Config
+
+    @nn.compact
+    def __call__(self, image_BHWC: Float[Array, "B H W 3"]) -> Float[Array, "B h w C"]:
+        """Embed patches."""
+        c = self.config
+        return layers.Conv(
+            c.embed_dim,
+            c.stem_kernel,
+            c.compute_dtype,
+            c.stem_stride,
+            c.stem_kernel // 2,
+            name="proj",
+        )(image_BHWC)
+
+
+class Hiera(nn.Module):
+    """Hierarchical vision transformer with four stages.
+
+    Attributes:
+        config: network shape.
+    """
+
+    config: Sam2Config
+
+    @nn.compact
+    def __call__(self, image_BHWC: Float[Array, "B H W 3"]) -> list[Float[Array, "B h w C"]]:
+        """Return the output of every stage, finest first."""
+        c = self.config
+        x = PatchEmbed(c, name="patch_embed")(image_BHWC)
+        x = x + self._position(x.shape[1], x.shape[2]).astype(x.dtype)
+        ends = {sum(c.depths[: i + 1]) - 1 for i in range(len(c.depths))}
+        block = nn.remat(Block) if c.remat else Block
+        outputs = []
+        for i, shape in enumerate(block_table(c)):
+            x = block(**shape, mlp_ratio=c.mlp_ratio, dtype=c.compute_dtype, name=f"blocks_{i}")(x)
+            if i in ends:
+                outputs.append(x)
+        return outputs
+
+    def _position(self, height: int, width: int) -> Array:
+        c = self.config
+        init = nn.initializers.truncated_normal(0.02)
+        side, window = c.pos_table, c.windows[0]
+        table = self.param("pos_embed", init, (1, side, side, c.embed_dim))
+        tile = self.param("pos_embed_window", init, (1, window, window, c.embed_dim))
+        return position.trunk_position(table, tile, height, width)

@@ -1,0 +1,186 @@
+"""Layer maths as plain functions, and the small modules that all parts share."""
+
+from collections.abc import Callable
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from sss_jax.axes import Array, Bool, Float
+
+
+def gelu(x: Float[Array, "..."]) -> Float[Array, "..."]:
+    """Exact GELU; the tanh approximation moves SAM-2's outputs by 1e-3."""
+    return jax.nn.gelu(x, approximate=False)
+
+
+def attention(
+    q: Float[Array, "... N heads d"],
+    k: Float[Array, "... M heads d"],
+    v: Float[Array, "... M heads d"],
+    valid: Bool[Array, "... M"] | None = None,
+) -> Float[Array, "... N heads d"]:
+    """Scaled dot-product attention with float32 softmax.
+
+    Leading axes of size 1 broadcast without being copied. `valid` switches keys off; at least one
+    key of every row must be on.
+    """
+    scale = q.shape[-1] ** -0.5
+    logits = jnp.einsum("...nhd,...mhd->...hnm", q * scale, k, preferred_element_type=jnp.float32)
+    if valid is not None:
+        logits = jnp.where(valid[..., None, None, :], logits, jnp.finfo(jnp.float32).min)
+    weights = jax.nn.softmax(logits, axis=-1).astype(v.dtype)
+    return jnp.einsum("...hnm,...mhd->...nhd", weights, v)
+
+
+def split_heads(x: Float[Array, "... C"], heads: int) -> Float[Array, "... heads d"]:
+    """Split the last axis into attention heads."""
+    return x.reshape(*x.shape[:-1], heads, x.shape[-1] // heads)
+
+
+def merge_heads(x: Float[Array, "... heads d"]) -> Float[Array, "... C"]:
+    """Undo `split_heads`."""
+    return x.reshape(*x.shape[:-2], x.shape[-2] * x.shape[-1])
+
+
+def padded_size(size: int, window: int) -> int:
+    """Smallest multiple of `window` that holds `size` tokens."""
+    return -(-size // window) * window
+
+
+def pad_to_windows(x_BHWC: Float[Array, "B H W C"], window: int) -> Float[Array, "B Hp Wp C"]:
+    """Append zeros below and to the right until windows tile the map."""
+    _, h, w, _ = x_BHWC.shape
+    below, right = padded_size(h, window) - h, padded_size(w, window) - w
+    if below == right == 0:
+        return x_BHWC
+    return jnp.pad(x_BHWC, ((0, 0), (0, below), (0, right), (0, 0)))
+
+
+def window_partition(
+    x_BHWC: Float[Array, "B H W C"], window: int
+) -> Float[Array, "Bw window window C"]:
+    """Cut a map, whose sides are multiples of `window`, into windows folded into the batch."""
+    b, h, w, c = x_BHWC.shape
+    x = x_BHWC.reshape(b, h // window, window, w // window, window, c)
+    return x.transpose(0, 1, 3, 2, 4, 5).reshape(-1, window, window, c)
+
+
+def window_merge(
+    windows: Float[Array, "Bw window window C"], height: int, width: int
+) -> Float[Array, "B H W C"]:
+    """Undo `window_partition` and crop to `height` x `width`."""
+    _, window, _, c = windows.shape
+    rows, cols = -(-height // window), -(-width // window)
+    x = windows.reshape(-1, rows, cols, window, window, c).transpose(0, 1, 3, 2, 4, 5)
+    return x.reshape(-1, rows * window, cols * window, c)[:, :height, :width]
+
+
+def max_pool(x_BHWC: Float[Array, "B H W C"]) -> Float[Array, "B h w C"]:
+    """Maximum over 2x2 cells, stride 2; the sides must be even."""
+    b, h, w, c = x_BHWC.shape
+    return x_BHWC.reshape(b, h // 2, 2, w // 2, 2, c).max(axis=(2, 4))
+
+
+def conv_transpose_2x2(
+    x: Float[Array, "... H W C"], kernel: Float[Array, "2 2 C E"]
+) -> Float[Array, "... H2 W2 E"]:
+    """Transposed convolution with a 2x2 kernel and stride 2, as one matrix product.
+
+    Tap (i, j) of the kernel writes output pixel (2 row + i, 2 column + j); the kernel is not
+    flipped.
+    """
+    y = jnp.einsum("...hwc,ijce->...hiwje", x, kernel)
+    *batch, h, _, w, _, e = y.shape
+    return y.reshape(*batch, 2 * h, 2 * w, e)
+
+
+def layer_norm(name: str | None, dtype: jnp.dtype, epsilon: float = 1e-6) -> nn.LayerNorm:
+    """Layer normalisation over channels; the two-pass variance does not cancel in float32."""
+    return nn.LayerNorm(epsilon=epsilon, use_fast_variance=False, dtype=dtype, name=name)
+
+
+class MLP(nn.Module):
+    """Linear layers with an activation between them.
+
+    Attributes:
+        widths: output width of each layer.
+        activation: applied after every layer but the last.
+        dtype: computation type.
+    """
+
+    widths: tuple[int, ...]
+    activation: Callable[[Array], Array]
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "... C"]) -> Float[Array, "... E"]:
+        """Apply the layers to the last axis."""
+        for i, width in enumerate(self.widths):
+            x = nn.Dense(width, dtype=self.dtype, name=f"layers_{i}")(x)
+            if i + 1 < len(self.widths):
+                x = self.activation(x)
+        return x
+
+
+class Conv(nn.Module):
+    """Convolution with explicit symmetric padding ("SAME" would shift strided ones).
+
+    Attributes:
+        features: output channels.
+        kernel_size: side of the kernel.
+        stride: stride along both axes.
+        padding: zeros on every side.
+        dtype: computation type.
+    """
+
+    features: int
+    kernel_size: int
+    dtype: jnp.dtype
+    stride: int = 1
+    padding: int = 0
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B h w E"]:
+        """Convolve."""
+        side = self.kernel_size
+        shape = (side, side, x.shape[-1], self.features)
+        kernel = self.param("kernel", nn.initializers.lecun_normal(), shape)
+        bias = self.param("bias", nn.initializers.zeros, (self.features,))
+        x, kernel, bias = (a.astype(self.dtype) for a in (x, kernel, bias))
+        return _convolve(x, kernel, self.stride, self.padding) + bias[None, None, None]
+
+
+def _convolve(x: Array, kernel: Array, stride: int, padding: int) -> Array:
+    if kernel.shape[0] == stride == 1:
+        return x @ kernel[0, 0]
+    return jax.lax.conv_general_dilated(
+        x,
+        kernel,
+        window_strides=(stride, stride),
+        padding=((padding, padding), (padding, padding)),
+        dimension_numbers=("NHWC", "HWIO", "NHWC"),
+    )
+
+
+class ConvTranspose(nn.Module):
+    """Transposed convolution, kernel 2x2, stride 2.
+
+    Attributes:
+        features: output channels.
+        dtype: computation type.
+    """
+
+    features: int
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "... H W C"]) -> Float[Array, "... H2 W2 E"]:
+        """Double the resolution."""
+        shape = (2, 2, x.shape[-1], self.features)
+        # Taps do not overlap, so the fan-in of an output pixel is C, not 4 C.
+        init = nn.initializers.variance_scaling(4.0, "fan_in", "truncated_normal")
+        kernel = self.param("kernel", init, shape).astype(self.dtype)
+        bias = self.param("bias", nn.initializers.zeros, (self.features,)).astype(self.dtype)
+        y = conv_transpose_2x2(x.astype(self.dtype), kernel)
+        return y + bias.reshape((1,) * (y.ndim - 1) + bias.shape)

@@ -1,0 +1,135 @@
+"""Mask decoder: prompt tokens and image features become masks, IoU estimates and object scores.
+
+Source: SAM (Kirillov et al. 2023) and SAM 2 (Ravi et al. 2024).
+"""
+
+from typing import NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from sss_jax.axes import Array, Bool, Float
+from sss_jax.models import layers
+from sss_jax.models.image_encoder import Features
+from sss_jax.models.presets import Sam2Config
+from sss_jax.models.transformer import TwoWayTransformer
+
+
+class MaskOutput(NamedTuple):
+    """What the decoder says about K objects per image; candidate 0 is the single mask.
+
+    Attributes:
+        logits_BKMHW: mask logits at four times the coarse grid.
+        iou_BKM: estimated intersection over union of each mask, in [0, 1].
+        object_score_BK: logit that the object is present.
+        tokens_BKMD: mask tokens after the transformer.
+    """
+
+    logits_BKMHW: Float[Array, "B K M H W"]
+    iou_BKM: Float[Array, "B K M"]
+    object_score_BK: Float[Array, "B K"]
+    tokens_BKMD: Float[Array, "B K M D"]
+
+
+class MaskDecoder(nn.Module):
+    """Two-way transformer, upscaling and the heads.
+
+    Attributes:
+        config: network shape.
+    """
+
+    config: Sam2Config
+
+    @nn.compact
+    def __call__(
+        self,
+        features: Features,
+        dense: Float[Array, "B J h w D"],
+        position_hwD: Float[Array, "h w D"],
+        prompts_BKND: Float[Array, "B K N D"],
+        valid_BKN: Bool[Array, "B K N"],
+        single: bool,
+    ) -> MaskOutput:
+        """Decode K objects per image.
+
+        Args:
+            features: pyramid maps; the coarse one already conditioned on memory or its absence.
+            dense: dense prompt embedding; axes B, J, h and w may be 1.
+            position_hwD: positional encoding of the coarse grid.
+            prompts_BKND: sparse prompt tokens.
+            valid_BKN: which of them are in use.
+            single: compute the single mask only (M = 1).
+
+        Returns:
+            Masks in float32.
+        """
+        c = self.config
+        fine, mid, coarse = features
+        b, h, w, d = coarse.shape
+        k = prompts_BKND.shape[1]
+        tokens, valid = self._with_output_tokens(prompts_BKND, valid_BKN)
+        keys = coarse[:, None] + dense
+        keys = keys.reshape(b, -1, h * w, d)
+        key_pe = position_hwD.reshape(1, 1, h * w, d).astype(c.compute_dtype)
+        tokens, keys = TwoWayTransformer(c, name="transformer")(tokens, keys, key_pe, valid)
+
+        masks = 1 if single else c.num_masks
+        tokens_BKMD = tokens[:, :, 2 : 2 + masks]
+        pixels = self._upscale(keys.reshape(b, k, h, w, d), fine, mid)
+        weights = self._hypernetworks(tokens[:, :, 2 : 2 + c.num_masks], masks)
+        logits = jnp.einsum(
+            "bkmc,bkhwc->bkmhw", weights, pixels, preferred_element_type=jnp.float32
+        )
+        iou = self._head("iou_prediction_head", c.num_masks, c.head_hidden)(tokens[:, :, 1])
+        score = self._head("pred_obj_score_head", 1, d)(tokens[:, :, 0])
+        return MaskOutput(
+            logits_BKMHW=logits,
+            iou_BKM=jax.nn.sigmoid(iou.astype(jnp.float32))[..., :masks],
+            object_score_BK=score[..., 0].astype(jnp.float32),
+            tokens_BKMD=tokens_BKMD,
+        )
+
+    def _with_output_tokens(self, prompts: Array, valid: Array) -> tuple[Array, Array]:
+        c = self.config
+        b, k, _, d = prompts.shape
+
+        def table(name: str, rows: int) -> Array:
+            init = nn.initializers.normal(1.0)
+            return nn.Embed(rows, d, embedding_init=init, name=name).embedding
+
+        output = jnp.concatenate(
+            [table("obj_score_token", 1), table("iou_token", 1), table("mask_tokens", c.num_masks)]
+        ).astype(prompts.dtype)
+        output = jnp.broadcast_to(output[None, None], (b, k, *output.shape))
+        on = jnp.ones(output.shape[:3], bool)
+        return jnp.concatenate([output, prompts], 2), jnp.concatenate([on, valid], 2)
+
+    def _upscale(self, keys: Array, fine: Array, mid: Array) -> Array:
+        """Bring the keys of every object to four times the grid, with skips from the image."""
+        dtype = self.config.compute_dtype
+        first, second = self.config.upscale_channels
+        skip_mid = layers.Conv(first, 1, dtype, name="conv_s1")(mid)
+        skip_fine = layers.Conv(second, 1, dtype, name="conv_s0")(fine)
+        x = layers.ConvTranspose(first, dtype, name="output_upscaling_0")(keys)
+        x = layers.layer_norm("output_upscaling_1", dtype)(x + skip_mid[:, None])
+        x = layers.ConvTranspose(second, dtype, name="output_upscaling_3")(layers.gelu(x))
+        return layers.gelu(x + skip_fine[:, None])
+
+    def _hypernetworks(self, tokens: Array, masks: int) -> Array:
+        """Weights of each mask over the upscaled channels; the first `masks` only."""
+        c = self.config
+        # Initialisation must create all of them, whatever the caller will use.
+        count = c.num_masks if self.is_initializing() else masks
+        widths = (c.width, c.width, c.upscale_channels[1])
+        weights = [
+            layers.MLP(widths, jax.nn.relu, c.compute_dtype, name=f"output_hypernetworks_mlps_{i}")(
+                tokens[:, :, i]
+            )
+            for i in range(count)
+        ]
+        return jnp.stack(weights[:masks], axis=2)
+
+    def _head(self, name: str, outputs: int, hidden: int) -> layers.MLP:
+        widths = (hidden, hidden, outputs)
+        return layers.MLP(widths, jax.nn.relu, self.config.compute_dtype, name=name)

@@ -1,0 +1,123 @@
+"""Prompt encoder: points, box corners and masks become tokens and a dense map.
+
+Source: SAM (Kirillov et al. 2023) and SAM 2 (Ravi et al. 2024).
+"""
+
+import flax.linen as nn
+import jax.numpy as jnp
+
+from sss_jax.axes import Array, Bool, Float, Int
+from sss_jax.models import layers, position
+from sss_jax.models.presets import Sam2Config
+
+POINT_KINDS = 4
+"""Labels with an embedding: 0 negative click, 1 positive click, 2 and 3 box corners."""
+
+
+def prompt_slots(labels_BKQ: Int[Array, "B K Q"]) -> Bool[Array, "B K Q"]:
+    """Which slots of a fixed-size prompt become tokens.
+
+    Valid points do. Where an object has none, exactly its first slot does, as the empty point
+    that SAM-2 feeds when there is no prompt.
+    """
+    given = labels_BKQ >= 0
+    empty = ~given.any(axis=-1, keepdims=True)
+    first = jnp.arange(labels_BKQ.shape[-1])[None, None] == 0
+    return given | (empty & first)
+
+
+class FourierPosition(nn.Module):
+    """Owner of the random frequencies, which are part of a checkpoint but never trained.
+
+    Attributes:
+        width: D, number of features.
+    """
+
+    width: int
+
+    @nn.compact
+    def __call__(self, coords: Float[Array, "... 2"]) -> Float[Array, "... D"]:
+        """Encode (x, y) in [0, 1], float32."""
+        shape = (2, self.width // 2)
+        gaussian = self.param(
+            "positional_encoding_gaussian_matrix", nn.initializers.normal(1.0), shape
+        )
+        return position.fourier_position(coords, position.stop(gaussian))
+
+
+class PromptEncoder(nn.Module):
+    """Embeds prompts of K objects per image.
+
+    Attributes:
+        config: network shape.
+    """
+
+    config: Sam2Config
+
+    def setup(self) -> None:
+        """Create the tables."""
+        c = self.config
+        self.pe_layer = FourierPosition(c.width)
+
+        def table() -> nn.Embed:
+            return nn.Embed(1, c.width, embedding_init=nn.initializers.normal(1.0))
+
+        self.point_embeddings = [table() for _ in range(POINT_KINDS)]
+        self.not_a_point_embed = table()
+        self.no_mask_embed = table()
+        first, second = c.mask_prompt_channels
+        self.mask_downscaling_0 = layers.Conv(first, 2, c.compute_dtype, stride=2)
+        self.mask_downscaling_1 = layers.layer_norm(None, c.compute_dtype)
+        self.mask_downscaling_3 = layers.Conv(second, 2, c.compute_dtype, stride=2)
+        self.mask_downscaling_4 = layers.layer_norm(None, c.compute_dtype)
+        self.mask_downscaling_6 = layers.Conv(c.width, 1, c.compute_dtype)
+
+    def points(
+        self,
+        points_BKQ2: Float[Array, "B K Q 2"],
+        labels_BKQ: Int[Array, "B K Q"],
+        image_hw: tuple[int, int],
+    ) -> tuple[Float[Array, "B K N D"], Bool[Array, "B K N"]]:
+        """Embed points and append SAM-2's padding point, which comes last (N = Q + 1).
+
+        Args:
+            points_BKQ2: (x, y) in input pixels.
+            labels_BKQ: -1 unused, 0 / 1 clicks, 2 / 3 box corners.
+            image_hw: size of the input image, pixels.
+
+        Returns:
+            Tokens, and which of them are in use.
+        """
+        if points_BKQ2.shape[2] == 0:
+            points_BKQ2 = jnp.pad(points_BKQ2, ((0, 0), (0, 0), (0, 1), (0, 0)))
+            labels_BKQ = jnp.pad(labels_BKQ, ((0, 0), (0, 0), (0, 1)), constant_values=-1)
+        slots = jnp.pad(prompt_slots(labels_BKQ), ((0, 0), (0, 0), (0, 1)), constant_values=True)
+        labels = jnp.pad(labels_BKQ, ((0, 0), (0, 0), (0, 1)), constant_values=-1)
+        points = jnp.pad(points_BKQ2, ((0, 0), (0, 0), (0, 1), (0, 0)))
+
+        height, width = image_hw
+        size = jnp.array([width, height], jnp.float32)[None, None, None]
+        where = self.pe_layer((points.astype(jnp.float32) + 0.5) / size)
+        kinds = [e.embedding for e in self.point_embeddings]
+        table = jnp.concatenate([*kinds, self.not_a_point_embed.embedding])
+        kind = table[jnp.where(labels < 0, POINT_KINDS, labels)]
+        tokens = kind + jnp.where((labels < 0)[..., None], 0.0, where)
+        return tokens.astype(self.config.compute_dtype), slots
+
+    def masks(self, masks_BKHW: Float[Array, "B K H W"]) -> Float[Array, "B K h w D"]:
+        """Embed mask logits, given at four times the coarse grid."""
+        b, k, h, w = masks_BKHW.shape
+        x = masks_BKHW.reshape(b * k, h, w, 1)
+        x = layers.gelu(self.mask_downscaling_1(self.mask_downscaling_0(x)))
+        x = layers.gelu(self.mask_downscaling_4(self.mask_downscaling_3(x)))
+        x = self.mask_downscaling_6(x)
+        return x.reshape(b, k, *x.shape[1:])
+
+    def no_mask(self) -> Float[Array, "1 1 1 1 D"]:
+        """Dense embedding of "no mask prompt", the same at every position."""
+        embedding = self.no_mask_embed.embedding.astype(self.config.compute_dtype)
+        return embedding[None, None, None]
+
+    def dense_position(self, height: int, width: int) -> Float[Array, "H W D"]:
+        """Positional encoding of the coarse grid."""
+        return self.pe_layer(position.pixel_centres(height, width))
