@@ -1,0 +1,53 @@
+"""Collectives that are the identity where there is no device axis.
+
+The same pure functions run in two ways. Under plain `jit` they see the global batch
+(`axis=None`). Under `pmap` or `shard_map` each device sees its own rows and `axis` names the
+device axis; device i holds the rows [i * b, (i + 1) * b) of the global batch.
+
+A loss is a ratio of sums over the global batch. The mean of per-device ratios is another number
+as soon as the devices' denominators differ (padding slices, confident pixels, classes present),
+so numerators and denominators are summed over the axis separately, and every device holds the
+global loss. Autodiff on a device then gives the gradient of n times that loss with respect to the
+device's own copy of the parameters; `pmean` of the gradients is the gradient of the global loss.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from sss_jax.axes import Array, Int, PyTree
+
+__all__ = ["axis_index", "axis_size", "pmean", "psum", "reverse_batch", "rows"]
+
+
+def psum(tree: PyTree, axis: str | None) -> PyTree:
+    """Sum every leaf over the device axis."""
+    return tree if axis is None else jax.lax.psum(tree, axis)
+
+
+def pmean(tree: PyTree, axis: str | None) -> PyTree:
+    """Average every leaf over the device axis."""
+    return tree if axis is None else jax.lax.pmean(tree, axis)
+
+
+def axis_size(axis: str | None) -> int:
+    """Number of devices on the axis."""
+    return 1 if axis is None else jax.lax.axis_size(axis)
+
+
+def axis_index(axis: str | None) -> Int[Array, ""]:
+    """Position of this device on the axis."""
+    return jnp.zeros((), jnp.int32) if axis is None else jax.lax.axis_index(axis)
+
+
+def rows(batch: int, axis: str | None) -> Int[Array, " B"]:
+    """Places, in the global batch, of the `batch` rows held here."""
+    return axis_index(axis) * batch + jnp.arange(batch, dtype=jnp.int32)
+
+
+def reverse_batch(tree: PyTree, axis: str | None) -> PyTree:
+    """Reverse the global batch: row g of every leaf becomes row G - 1 - g."""
+    flipped = jax.tree.map(lambda x: jnp.flip(x, 0), tree)
+    if axis is None:
+        return flipped
+    last = axis_size(axis) - 1
+    return jax.lax.ppermute(flipped, axis, [(i, last - i) for i in range(last + 1)])
