@@ -21,16 +21,11 @@ __all__ = [
     "cross_entropy",
     "dice_loss",
     "iou_loss",
+    "presence_loss",
     "supervised_loss",
     "unlabelled_loss",
     "upsample_logits",
-    "with_background",
 ]
-
-
-def with_background(mask_logits_NHWK: Float[Array, "N H W K"]) -> Float[Array, "N H W L"]:
-    """Put the background's logit, constant 0, in front of the classes' mask logits."""
-    return jnp.pad(mask_logits_NHWK, ((0, 0), (0, 0), (0, 0), (1, 0)))
 
 
 def upsample_logits(
@@ -263,3 +258,33 @@ def iou_loss(
     predicted_NK = jnp.where(counted_N1, predicted_NK.astype(jnp.float32), true_NK)
     count = _count(counted_N1) * predicted_NK.shape[1]
     return _ratio(jnp.sum(jnp.abs(predicted_NK - true_NK)), count, axis)
+
+
+def presence_loss(
+    score_NK: Float[Array, "N K"],
+    label_NHW: Int[Array, "N H W"],
+    valid_NHW: Bool[Array, "N H W"],
+    axis: str | None = None,
+) -> Float[Array, ""]:
+    """Binary cross-entropy of the object score: is the class in this image?
+
+    Args:
+        score_NK: the decoder's score, a logit.
+        label_NHW: labels 0..K.
+        valid_NHW: pixels that count; an image without any does not count.
+        axis: device axis, or None.
+
+    Returns:
+        Mean over classes and counted images, in nats; 0 if there is none.
+
+    Source: SAM 2 (Ravi et al. 2024), the occlusion head.
+    """
+    classes = score_NK.shape[1]
+    truth_NHWL = jax.nn.one_hot(label_NHW, classes + 1, dtype=bool) & valid_NHW[..., None]
+    present_NK = jnp.any(truth_NHWL[..., 1:], (1, 2))
+    counted_N1 = jnp.any(valid_NHW, (1, 2))[:, None]
+    score_NK = jnp.where(counted_N1, score_NK.astype(jnp.float32), 0.0)
+    # -log sigmoid(x) = softplus(-x), which neither overflows nor rounds to log(0).
+    loss_NK = jax.nn.softplus(jnp.where(present_NK, -score_NK, score_NK))
+    total = jnp.sum(jnp.where(counted_N1, loss_NK, 0.0))
+    return _ratio(total, _count(counted_N1) * classes, axis)

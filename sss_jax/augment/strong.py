@@ -155,7 +155,7 @@ def box_mask(box_B4: Float[Array, "B 4"], height: int, width: int) -> Bool[Array
     return in_row_BH[:, :, None] & in_column_BW[:, None, :]
 
 
-def paste(mask_BHW: Bool[Array, "B H W"], a: Array, b: Array, axes: str) -> Array:
+def paste(mask_BHW: Bool[Array, "B H W"], a: Array, b: Array, axes: str | None = None) -> Array:
     """Put `b` into `a` where the mask is True.
 
     Whatever a loss reads at a pasted pixel has to be pasted with it: image, pseudo-label,
@@ -165,13 +165,17 @@ def paste(mask_BHW: Bool[Array, "B H W"], a: Array, b: Array, axes: str) -> Arra
         mask_BHW: one raster per clip.
         a: array of the clip.
         b: the same array of its partner (`parallel.reverse_batch`).
-        axes: letters of both arrays' axes, such as "BHW", "BSHWC" or "BHWC"; B, H and W are
-            among them.
+        axes: letters of both arrays' axes; None: "BHW", "BSHW" or "BSHWC" by their number. An
+            image batch with channels has to say "BHWC".
 
     Returns:
         An array like `a`.
     """
-    if a.ndim != len(axes) or not {*"BHW"} <= {*axes}:
-        raise ValueError(f"axes {axes!r} do not describe an array of shape {a.shape}")
+    axes = axes or {3: "BHW", 4: "BSHW", 5: "BSHWC"}.get(a.ndim, "")
+    if a.shape != b.shape or len(axes) != a.ndim or not {*"BHW"} <= {*axes}:
+        raise ValueError(f"arrays of shapes {a.shape} and {b.shape} do not have axes {axes!r}")
+    raster = tuple(a.shape[axes.index(letter)] for letter in "BHW")
+    if mask_BHW.shape != raster:
+        raise ValueError(f"a mask of shape {mask_BHW.shape} does not cover {raster}")
     inner = [i for i, letter in enumerate(axes) if letter not in "BHW"]
     return jnp.where(jnp.expand_dims(mask_BHW, inner), b, a)

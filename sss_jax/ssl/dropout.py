@@ -1,7 +1,5 @@
 """Complementary channel dropout between the two strong views."""
 
-from collections.abc import Sequence
-
 import jax
 import jax.numpy as jnp
 
@@ -13,23 +11,25 @@ __all__ = ["complementary_masks"]
 
 
 def complementary_masks(
-    key: Key[Array, ""], id_B: Int[Array, " B"], widths: Sequence[int], axis: str | None
-) -> list[tuple[Float[Array, "B C"], Float[Array, "B C"]]]:
-    """Draw the channel factors of both strong views, per feature level.
+    key: Key[Array, ""], id_B: Int[Array, " B"], width: int, axis: str | None, level: int = 0
+) -> tuple[Float[Array, "B C"], Float[Array, "B C"]]:
+    """Draw the channel factors of both strong views for one feature level.
 
-    Each clip keeps a random half of the channels, doubled, in the first view and the other half in
-    the second one: the factors add up to 2. A random floor(G / 2) of the G clips of the global
-    batch keep all channels in both views, at every level.
+    Each clip keeps a random half of the channels, doubled, in the first view and the other ones in
+    the second view: the factors add up to 2. A random floor(G / 2) of the G clips of the global
+    batch keep all channels in both views.
 
     Args:
-        key: key of the step.
+        key: key of the step; with one key for all levels the same clips keep their channels
+            everywhere.
         id_B: global ids of the clips held here.
-        widths: channels C of each level; levels are drawn independently.
+        width: channels C of the level.
         axis: device axis, or None where the batch is the global one.
+        level: number of the level; levels are drawn independently.
 
     Returns:
-        Per level the factors of the first and of the second view, all in {0, 1, 2}; a clip's
-        slices share them.
+        The factors of the first and of the second view, all in {0, 1, 2}; the slices of a clip
+        share them.
 
     Source: UniMatch V2 (Yang et al. 2024), complementary dropout.
     Differs from the paper: each feature level has its own draw.
@@ -39,10 +39,7 @@ def complementary_masks(
     total = batch * axis_size(axis)
     place_G = jax.random.permutation(keep_key, total)
     keeps_B1 = (place_G[rows(batch, axis)] < total // 2)[:, None]
-    pairs = []
-    for level, width in enumerate(widths):
-        keys_B = example_keys(jax.random.fold_in(mask_key, level), id_B)
-        drawn_BC = jax.vmap(lambda k, n=width: jax.random.bernoulli(k, 0.5, (n,)))(keys_B)
-        first_BC = jnp.where(keeps_B1, 1.0, jnp.where(drawn_BC, 2.0, 0.0))
-        pairs.append((first_BC, 2.0 - first_BC))
-    return pairs
+    keys_B = example_keys(jax.random.fold_in(mask_key, level), id_B)
+    drawn_BC = jax.vmap(lambda k: jax.random.bernoulli(k, 0.5, (width,)))(keys_B)
+    first_BC = jnp.where(keeps_B1, 1.0, jnp.where(drawn_BC, 2.0, 0.0))
+    return first_BC, 2.0 - first_BC
