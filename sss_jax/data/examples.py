@@ -1,0 +1,219 @@
+"""From a stored volume to the network's square slices, and from probabilities back to voxels.
+
+Pure functions on NumPy arrays: `scan` turns and scales a volume, `place` fits its slices to the
+square, `restore_labels` goes the whole way back.
+"""
+
+import dataclasses
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sss_jax.data.faults import FileFault
+from sss_jax.data.geometry import Frame, from_slices, make_frame, turn
+from sss_jax.data.nifti import Volume, refuse_other_grid
+from sss_jax.data.resize import Matrix, resize_image, resize_labels, resize_matrix
+from sss_jax.options import DataOptions
+
+Image = NDArray[np.float32]
+Labels = NDArray[np.uint8]
+
+
+@dataclasses.dataclass(frozen=True)
+class Placement:
+    """Where the slices of a volume lie in the network's square.
+
+    Attributes:
+        frame: the way back to storage order.
+        plane: native rows and columns of a slice.
+        box: top, left, height, width of the slice in the square, pixels.
+        size: side of the square, pixels.
+    """
+
+    frame: Frame
+    plane: tuple[int, int]
+    box: tuple[int, int, int, int]
+    size: int
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Scan:
+    """A volume as upright native slices, intensities in [0, 1].
+
+    Attributes:
+        image_SHW: intensities.
+        label_SHW: labels, where they are known.
+        frame: the way back to storage order.
+    """
+
+    image_SHW: Image
+    label_SHW: Labels | None
+    frame: Frame
+
+    @property
+    def nbytes(self) -> int:
+        """Memory of the arrays, bytes."""
+        return self.image_SHW.nbytes + (0 if self.label_SHW is None else self.label_SHW.nbytes)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Example:
+    """Slices fitted to the network's square.
+
+    Attributes:
+        image_SHW: intensities in [0, 1], H = W = image size, padding 0.
+        label_SHW: labels, where they are known, padding 0.
+        placement: the way back.
+    """
+
+    image_SHW: Image
+    label_SHW: Labels | None
+    placement: Placement
+
+
+def normalise(array: Image, options: DataOptions) -> Image:
+    """Scale the intensities of a volume to [0, 1].
+
+    Args:
+        array: the whole volume, so that all its slices share one scale.
+        options: `percentile` clips to two percentiles, `min_max` keeps the extremes, `window`
+            clips to a fixed range (CT, HU). Where the two percentiles are equal, as in a volume
+            that is almost all background, the extremes serve instead.
+
+    Raises:
+        ValueError: all intensities are equal after the scaling.
+    """
+    if options.normalise == "window":
+        low, high = options.window_low, options.window_high
+    else:
+        low, high = _range(array, options)
+    scaled = np.clip((array - np.float32(low)) / np.float32(high - low), 0.0, 1.0)
+    if scaled.min() == scaled.max():
+        raise ValueError(
+            f"intensities {array.min():g}..{array.max():g} leave nothing of {low:g}..{high:g}"
+        )
+    return scaled.astype(np.float32, copy=False)
+
+
+def _range(array: Image, options: DataOptions) -> tuple[float, float]:
+    extremes = float(array.min()), float(array.max())
+    if options.normalise == "min_max":
+        return extremes
+    ends = (options.percentile_low, options.percentile_high)
+    low, high = (float(p) for p in np.percentile(array, ends))
+    return (low, high) if low < high else extremes
+
+
+def place_plane(frame: Frame, plane: tuple[int, int], size: int, fit: str) -> Placement:
+    """Choose where a slice lies in the square.
+
+    Args:
+        frame: turn and spacing of the volume.
+        plane: native rows and columns.
+        size: side of the square, pixels.
+        fit: "letterbox" centres the slice, in its true proportions, and touches two sides;
+            "stretch" fills the square.
+    """
+    if fit == "stretch":
+        return Placement(frame, plane, (0, 0, size, size), size)
+    extent = plane[0] * frame.spacing[1], plane[1] * frame.spacing[2]
+    height, width = (max(1, round(size * side / max(extent))) for side in extent)
+    return Placement(frame, plane, ((size - height) // 2, (size - width) // 2, height, width), size)
+
+
+def _into_square(placement: Placement) -> tuple[Matrix, Matrix]:
+    (rows, columns), (top, left, height, width) = placement.plane, placement.box
+    size = placement.size
+    return resize_matrix(rows, height, top, size), resize_matrix(columns, width, left, size)
+
+
+def resize_plane(
+    array_SHW: NDArray[Any], size: int, fit: str, spacing: tuple[float, float] = (1.0, 1.0)
+) -> NDArray[Any]:
+    """Fit slices to a square; float arrays are images, integer arrays are labels.
+
+    Args:
+        array_SHW: native slices.
+        size: side of the square, pixels.
+        fit: "letterbox" or "stretch", see `place_plane`.
+        spacing: distance of neighbouring rows and columns.
+    """
+    slices, rows, columns = array_SHW.shape
+    shape = (slices, rows, columns)
+    frame = Frame(shape, (0, 1, 2), (False, False, False), (1.0, *spacing), 0)
+    into = _into_square(place_plane(frame, (rows, columns), size, fit))
+    return (resize_image if array_SHW.dtype.kind == "f" else resize_labels)(array_SHW, *into)
+
+
+def scan(volume: Volume, labels: Volume | None, options: DataOptions) -> Scan:
+    """Turn a volume upright and scale its intensities; labels go the same way.
+
+    Raises:
+        FileFault: labels on another grid, or nothing left after the intensity scaling.
+    """
+    try:
+        image = normalise(volume.array, options)
+    except ValueError as error:
+        raise FileFault(
+            volume.path, str(error), "set data.normalise, or data.window_low and window_high"
+        ) from error
+    if labels is not None:
+        refuse_other_grid(labels, labels.path, volume)
+    frame = make_frame(volume, options.slice_axis)
+    label = None if labels is None else np.ascontiguousarray(turn(labels.array, frame))
+    return Scan(np.ascontiguousarray(turn(image, frame)), label, frame)
+
+
+def place(
+    scan: Scan, size: int, options: DataOptions, slices: NDArray[np.int64] | None = None
+) -> Example:
+    """Fit all slices of a scan, or the listed ones, to the square."""
+    rows, columns = scan.image_SHW.shape[1:]
+    placement = place_plane(scan.frame, (rows, columns), size, options.fit)
+    into = _into_square(placement)
+    pick = slice(None) if slices is None else slices
+    image = np.clip(resize_image(scan.image_SHW[pick], *into), 0.0, 1.0)
+    label = None if scan.label_SHW is None else resize_labels(scan.label_SHW[pick], *into)
+    return Example(image, label, placement)
+
+
+def prepare(volume: Volume, labels: Volume | None, size: int, options: DataOptions) -> Example:
+    """Turn, scale and fit a whole volume.
+
+    Args:
+        volume: the image.
+        labels: its labels, where known.
+        size: side of the network's square input, pixels.
+        options: intensity scaling, slice axis and fit.
+    """
+    return place(scan(volume, labels, options), size, options)
+
+
+def restore_probabilities(prob_SHWK: Image, placement: Placement) -> Image:
+    """Resize probabilities from the square back to the native slices, [S, h, w, K]."""
+    top, left, height, width = placement.box
+    inner = prob_SHWK[:, top : top + height, left : left + width]
+    rows = resize_matrix(height, placement.plane[0])
+    columns = resize_matrix(width, placement.plane[1])
+    planes = np.moveaxis(inner.astype(np.float32, copy=False), -1, 1)
+    return np.moveaxis(np.matmul(np.matmul(rows, planes), columns.T), 1, -1)
+
+
+def restore_labels(prob_SHWK: Image, placement: Placement) -> Labels:
+    """Return the most likely class of every voxel, in storage order and shape.
+
+    Args:
+        prob_SHWK: probabilities of the background and the classes, for every slice of the volume.
+        placement: as `prepare` made it.
+    """
+    frame = placement.frame
+    slices = frame.shape[frame.axes[0]]
+    if len(prob_SHWK) != slices:
+        raise ValueError(f"{len(prob_SHWK)} slices of probabilities for a volume of {slices}")
+    label = np.empty((slices, *placement.plane), np.uint8)
+    # One slice at a time: all classes of a whole CT at native size need many gigabytes.
+    for index in range(slices):
+        one = restore_probabilities(prob_SHWK[index : index + 1], placement)
+        label[index] = one[0].argmax(axis=-1)
+    return np.ascontiguousarray(from_slices(label, frame))

@@ -1,0 +1,189 @@
+"""Batches for training: a pure function of (seed, step), whatever the threads and the hosts.
+
+Position p of the global batch of step t is example t * batch + p of an endless stream that is
+shuffled anew in every epoch. Everything drawn for it depends on the seed, the stream and that
+number. So resuming needs the step alone, and hosts read their own part without talking.
+"""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import grain
+import numpy as np
+from numpy.typing import NDArray
+
+from sss_jax.data.cases import Case, Split
+from sss_jax.data.examples import Scan, place
+from sss_jax.data.load import ScanCache, load_example, load_scan
+from sss_jax.errors import ConfigError, DataError
+from sss_jax.options import DataOptions, ModelOptions, TrainOptions
+
+__all__ = ["Batch", "Loader", "draw_slices", "load_example"]
+
+Batch = dict[str, dict[str, NDArray[Any]]]
+STREAMS = ("labelled", "unlabelled")
+
+
+def draw_slices(
+    scan: Scan, options: DataOptions, rng: np.random.Generator, *, labelled: bool
+) -> NDArray[np.int64]:
+    """Draw the slices of a clip: ascending, evenly spaced, at most `clip_slices` of them.
+
+    The stride is uniform over those with which the clip still fits the volume; a volume of fewer
+    slices is taken whole. The start is uniform, or, for `foreground_share` of the labelled clips,
+    such that a random labelled slice is as central as the volume's ends allow.
+    """
+    total, wanted = len(scan.image_SHW), options.clip_slices
+    if total <= wanted:
+        return np.arange(total)
+    fitting = (total - 1) // max(wanted - 1, 1)
+    stride = int(rng.integers(1, min(options.max_stride, fitting) + 1))
+    last = total - 1 - (wanted - 1) * stride
+    start = int(rng.integers(0, last + 1))
+    centred = rng.random() < options.foreground_share
+    if labelled and scan.label_SHW is not None and centred:
+        with_label = np.flatnonzero(scan.label_SHW.any(axis=(1, 2)))
+        if with_label.size:
+            centre = int(rng.choice(with_label))
+            start = min(max(centre - (wanted // 2) * stride, 0), last)
+    return start + stride * np.arange(wanted)
+
+
+class Loader:
+    """The labelled and unlabelled clips of every training step.
+
+    Args:
+        split: cases.
+        model: side of the input and number of classes.
+        data: reading, clips and memory.
+        train: batch sizes, seed and steps.
+        semi: False leaves the unlabelled stream out.
+        process_index: this host.
+        process_count: hosts; each reads an equal part of every batch.
+
+    Raises:
+        DataError: a stream has no case.
+        ConfigError: a batch does not divide among the hosts.
+    """
+
+    def __init__(
+        self,
+        split: Split,
+        model: ModelOptions,
+        data: DataOptions,
+        train: TrainOptions,
+        *,
+        semi: bool = True,
+        process_index: int = 0,
+        process_count: int = 1,
+    ) -> None:
+        self._model, self._data, self._train = model, data, train
+        self._index, self._count = process_index, process_count
+        self._batches = {"labelled": train.labelled_batch}
+        if semi:
+            self._batches["unlabelled"] = train.unlabelled_batch
+        self._cases = {name: getattr(split, name) for name in self._batches}
+        self._check()
+        self._order = {name: self._shuffled(name) for name in self._batches}
+        self._scans = ScanCache(
+            lambda case: load_scan(case, model.num_classes, data), data.cache_bytes
+        )
+
+    def batch(self, step: int) -> Batch:
+        """Return this host's part of a step's batch.
+
+        Returns:
+            For each stream `image` f32[B, S, H, W, 1], `slice_mask` bool[B, S], `id` int32[B],
+            and `label` int32[B, S, H, W] for the labelled one. `id` counts examples globally.
+        """
+        size = self._local_size
+        return self._collate([self._clip(i) for i in range(step * size, (step + 1) * size)])
+
+    def names(self, step: int) -> dict[str, list[str]]:
+        """Return the case names of this host's part of a step's batch."""
+        found: dict[str, list[str]] = {name: [] for name in self._batches}
+        for position in range(step * self._local_size, (step + 1) * self._local_size):
+            stream, number = self._example(position)
+            found[stream].append(self._case(stream, number).name)
+        return found
+
+    def iterate(self, start_step: int = 0) -> Iterator[Batch]:
+        """Yield the batches from a step to the last one of the run, read ahead by threads.
+
+        Close the iterator (or exhaust it) to end the threads.
+        """
+        size, stop = self._local_size, self._train.steps
+        clips = grain.MapDataset.range(start_step * size, stop * size).map(self._clip)
+        ahead = 2 * size if self._data.threads else 0
+        options = grain.ReadOptions(num_threads=self._data.threads, prefetch_buffer_size=ahead)
+        reader = iter(clips.to_iter_dataset(options))
+        try:
+            for _ in range(start_step, stop):
+                yield self._collate([next(reader) for _ in range(size)])
+        finally:
+            reader.close()
+
+    @property
+    def _local_size(self) -> int:
+        return sum(self._batches.values()) // self._count
+
+    def _check(self) -> None:
+        for stream, size in self._batches.items():
+            if not self._cases[stream]:
+                raise DataError(
+                    f"the split has no {stream} case: list some, or set train.all_labels=False and "
+                    "a smaller train.labelled_subjects; semi.enabled=False needs no unlabelled ones"
+                )
+            if size % self._count:
+                raise ConfigError(
+                    f"train.{stream}_batch={size} does not divide among {self._count} hosts: "
+                    f"make it a multiple of {self._count}"
+                )
+
+    def _shuffled(self, stream: str) -> Any:
+        entropy = (self._train.seed, STREAMS.index(stream))
+        seed = int(np.random.SeedSequence(entropy).generate_state(1)[0])
+        numbers = grain.MapDataset.range(len(self._cases[stream]))
+        return numbers.seed(seed).shuffle().repeat()
+
+    def _example(self, position: int) -> tuple[str, int]:
+        """Map a position in this host's sequence to a stream and a global example number."""
+        step, place = divmod(position, self._local_size)
+        for stream, size in self._batches.items():
+            local = size // self._count
+            if place < local:
+                return stream, step * size + self._index * local + place
+            place -= local
+        raise AssertionError("a position lies in one stream")
+
+    def _case(self, stream: str, number: int) -> Case:
+        return self._cases[stream][self._order[stream][number]]
+
+    def _clip(self, position: int) -> dict[str, Any]:
+        stream, number = self._example(position)
+        labelled = stream == "labelled"
+        scan = self._scans(self._case(stream, number))
+        entropy = (self._train.seed, STREAMS.index(stream), number)
+        rng = np.random.Generator(np.random.PCG64(np.random.SeedSequence(entropy)))
+        slices = draw_slices(scan, self._data, rng, labelled=labelled)
+        example = place(scan, self._model.image_size, self._data, slices)
+        missing = self._data.clip_slices - len(slices)
+        pad = ((0, missing), (0, 0), (0, 0))
+        clip = {
+            "stream": stream,
+            "image": np.pad(example.image_SHW, pad)[..., None],
+            "slice_mask": np.arange(self._data.clip_slices) < len(slices),
+            "id": np.int32(number),
+        }
+        if labelled:
+            assert example.label_SHW is not None
+            clip["label"] = np.pad(example.label_SHW, pad).astype(np.int32)
+        return clip
+
+    def _collate(self, clips: list[Mapping[str, Any]]) -> Batch:
+        batch: Batch = {}
+        for stream in self._batches:
+            own = [clip for clip in clips if clip["stream"] == stream]
+            fields = [key for key in own[0] if key != "stream"]
+            batch[stream] = {key: np.stack([clip[key] for clip in own]) for key in fields}
+        return batch
