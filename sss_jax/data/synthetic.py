@@ -11,7 +11,6 @@ import gzip
 import io
 import json
 import os
-import tempfile
 from pathlib import Path
 
 import nibabel as nib
@@ -19,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import ndimage
 
+from sss_jax.atomic import write_bytes
 from sss_jax.data.anatomy import (
     CLASS_NAMES,
     CLASS_OF_TISSUE,
@@ -203,19 +203,8 @@ def _oriented(phantom: Phantom, number: int) -> tuple[nib.Nifti1Image, nib.Nifti
 
 
 def _write(path: Path, content: bytes) -> None:
-    """Put a whole file in place or none."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(name, 0o644)
-        os.replace(name, path)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
+    write_bytes(path, content)
 
 
 def _parts(sizes: SplitSizes) -> dict[str, list[str]]:
