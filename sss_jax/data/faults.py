@@ -1,5 +1,6 @@
 """A file that cannot be used: which one, what is wrong, how to mend it."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 from sss_jax.errors import DataError
@@ -19,3 +20,11 @@ class FileFault(DataError):
     def __init__(self, path: str | Path, problem: str, fix: str) -> None:
         super().__init__(f"{shown(path)}: {problem}. To mend it: {fix}.")
         self.path, self.problem, self.fix = Path(path), problem, fix
+
+
+Report = Callable[[FileFault], None]
+
+
+def stop(fault: FileFault) -> None:
+    """Raise the first fault; a check passes a collector in its place."""
+    raise fault

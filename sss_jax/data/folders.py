@@ -14,7 +14,7 @@ from collections.abc import Iterable
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from sss_jax.data.faults import FileFault, shown
+from sss_jax.data.faults import FileFault, Report, shown, stop
 from sss_jax.data.nifti import is_nifti, stem
 
 _MAX_TEXT = 2**26
@@ -39,22 +39,28 @@ class Case:
     label: Path | None
 
 
-def find_cases(root: Path) -> dict[str, Case]:
+def find_cases(root: Path, report: Report = stop) -> dict[str, Case]:
     """Return the cases of a data folder by name, sorted.
 
     Subjects come from `cases.csv` (columns `case` and `subject` or `patient`) where it is there,
     else every case is its own subject.
 
+    Args:
+        root: data folder.
+        report: called with each file that has to be left out; by default the first one is raised.
+
     Raises:
-        DataError: no images, two images of one name, or a path that leaves the folder.
+        DataError: no images; or, unless reported, two images of one name or a path that leaves
+            the folder.
     """
     if not root.is_dir():
         raise FileFault(root, "is no folder", "name the folder that holds images/ and labels/")
     described = root / "dataset.json"
     if described.is_file() and not (root / "images").is_dir():
-        images, labels = _decathlon(root, read_json(described), described)
+        images, labels = _decathlon(root, read_json(described), described, report)
     else:
-        images, labels = _by_name(root, "images"), _by_name(root, "labels")
+        images = _by_name(root, "images", report)
+        labels = _by_name(root, "labels", report)
     if not images:
         problem = "holds no .nii or .nii.gz image"
         raise FileFault(root, problem, "put volumes into images/ and labels of equal name, labels/")
@@ -133,43 +139,54 @@ def inside(root: Path, path: Path) -> Path:
     return path
 
 
-def _by_name(root: Path, folder: str) -> dict[str, Path]:
+def _by_name(root: Path, folder: str, report: Report = stop) -> dict[str, Path]:
     where = inside(root, root / folder)
-    return (
-        _unique(sorted(p for p in where.iterdir() if is_nifti(p)), root) if where.is_dir() else {}
-    )
+    files = sorted(p for p in where.iterdir() if is_nifti(p)) if where.is_dir() else []
+    return _unique(files, root, report)
 
 
-def _unique(paths: Iterable[Path], root: Path) -> dict[str, Path]:
+def _unique(paths: Iterable[Path], root: Path, report: Report) -> dict[str, Path]:
     found: dict[str, Path] = {}
     for path in paths:
         name = stem(path)
+        try:
+            inside(root, path)
+        except FileFault as fault:
+            report(fault)
+            continue
         if name in found:
             problem = f"has the same case name as {shown(found[name].name)}"
-            raise FileFault(path, problem, "rename or remove one of the two")
-        found[name] = inside(root, path)
+            report(FileFault(path, problem, "rename or remove one of the two"))
+            continue
+        found[name] = path
     return found
 
 
 def _decathlon(
-    root: Path, content: dict[str, Any], path: Path
+    root: Path, content: dict[str, Any], path: Path, report: Report
 ) -> tuple[dict[str, Path], dict[str, Path]]:
     """Return images and labels by name as `dataset.json` lists them, else as the folders do."""
     training, test = content.get("training", []), content.get("test", [])
     if not training and not test:
-        images = _by_name(root, "imagesTr") | _by_name(root, "imagesTs")
-        return images, _by_name(root, "labelsTr") | _by_name(root, "labelsTs")
+        images = [
+            p for name in ("imagesTr", "imagesTs") for p in _by_name(root, name, report).values()
+        ]
+        labels = [
+            p for name in ("labelsTr", "labelsTs") for p in _by_name(root, name, report).values()
+        ]
+        return _unique(images, root, report), _unique(labels, root, report)
     if not isinstance(training, list) or not isinstance(test, list):
         raise FileFault(path, "lists no files under training and test", "see the Decathlon's form")
-    pairs = [_pair(entry, path) for entry in (*training, *test)]
-    listed = [_listed(root, image, path) for image, _ in pairs]
-    images = _unique(listed, root)
-    labels = {
-        stem(image): _listed(root, label, path)
-        for image, (_, label) in zip(listed, pairs, strict=True)
-        if label is not None
-    }
-    return images, labels
+    pairs = []
+    for entry in (*training, *test):
+        try:
+            image, label = _pair(entry, path)
+            labelled = None if label is None else _listed(root, label, path)
+            pairs.append((_listed(root, image, path), labelled))
+        except FileFault as fault:
+            report(fault)
+    named = {stem(image): label for image, label in pairs if label is not None}
+    return _unique((image for image, _ in pairs), root, report), named
 
 
 def _pair(entry: Any, path: Path) -> tuple[str, str | None]:

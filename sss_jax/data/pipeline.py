@@ -113,6 +113,8 @@ class Loader:
         Close the iterator (or exhaust it) to end the threads.
         """
         size, stop = self._local_size, self._train.steps
+        if start_step >= stop:
+            return
         clips = grain.MapDataset.range(start_step * size, stop * size).map(self._clip)
         ahead = 2 * size if self._data.threads else 0
         options = grain.ReadOptions(num_threads=self._data.threads, prefetch_buffer_size=ahead)
