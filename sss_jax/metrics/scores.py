@@ -75,6 +75,11 @@ def score_case(
     ]
 
 
+def absent_row(case: str, label: int) -> Row:
+    """Return the row of a class that is in neither volume."""
+    return Row(case, label, math.nan, math.nan, math.nan, math.nan, math.nan, 0, 0, "absent")
+
+
 def _score_class(
     case: str,
     label: int,
@@ -109,7 +114,8 @@ def summarise(rows: Iterable[Row], class_names: Sequence[str]) -> dict[str, Any]
         `classes`: for each class its `label`, `name`, number of `cases`, of cases `counted` in the
         means, `missed`, `spurious` and `absent`, and for each metric `mean` and `std` (over the
         counted cases; the sample's, n - 1). `mean`: for each metric the mean of the classes'
-        means. None stands for a number that no case gives.
+        means. `over_cases`: for each metric `mean` and `std` of the cases' means over their counted
+        classes. None stands for a number that no case gives.
     """
     rows = list(rows)
     classes = [
@@ -120,7 +126,18 @@ def summarise(rows: Iterable[Row], class_names: Sequence[str]) -> dict[str, Any]
     for metric in METRICS:
         means = [c[metric]["mean"] for c in classes if c[metric]["mean"] is not None]
         overall[metric] = statistics.fmean(means) if means else None
-    return {"classes": classes, "mean": overall}
+    return {"classes": classes, "mean": overall, "over_cases": _over_cases(rows)}
+
+
+def _over_cases(rows: list[Row]) -> dict[str, dict[str, float | None]]:
+    by_case: dict[str, list[Row]] = {}
+    for row in rows:
+        if row.status != "absent":
+            by_case.setdefault(row.case, []).append(row)
+    return {
+        metric: _spread([statistics.fmean(getattr(r, metric) for r in c) for c in by_case.values()])
+        for metric in METRICS
+    }
 
 
 def _class_summary(label: int, name: str, rows: list[Row]) -> dict[str, Any]:
@@ -132,10 +149,11 @@ def _class_summary(label: int, name: str, rows: list[Row]) -> dict[str, Any]:
         "counted": len(counted),
         **{s: sum(row.status == s for row in rows) for s in STATUSES[1:]},
     }
-    for metric in METRICS:
-        values = [getattr(row, metric) for row in counted]
-        summary[metric] = {
-            "mean": statistics.fmean(values) if values else None,
-            "std": statistics.stdev(values) if len(values) > 1 else None,
-        }
-    return summary
+    return summary | {m: _spread([getattr(row, m) for row in counted]) for m in METRICS}
+
+
+def _spread(values: list[float]) -> dict[str, float | None]:
+    return {
+        "mean": statistics.fmean(values) if values else None,
+        "std": statistics.stdev(values) if len(values) > 1 else None,
+    }

@@ -81,6 +81,9 @@ def test_summary_by_hand():
     assert (right["counted"], right["missed"], right["spurious"], right["absent"]) == (2, 0, 1, 1)
     assert right["dice"]["mean"] == pytest.approx(0.25)
     assert summary["mean"]["dice"] == pytest.approx((1.4 / 3 + 0.25) / 2)
+    over_cases = summary["over_cases"]["dice"]  # case means 0.65, 0.6 and 0
+    assert over_cases["mean"] == pytest.approx(1.25 / 3)
+    assert over_cases["std"] == pytest.approx(np.std([0.65, 0.6, 0.0], ddof=1))
     assert summary["mean"]["hd95"] == pytest.approx(10 * (1.4 / 3 + 0.25) / 2)
 
 
