@@ -35,6 +35,7 @@ __all__ = ["Checkpointer", "Restored", "check_identity", "set_aside"]
 _LOG = logging.getLogger(__name__)
 _DOOMED = ".deleted"
 _SHOWN = 8
+_LINE = 210
 
 
 @dataclasses.dataclass(frozen=True)
@@ -478,9 +479,11 @@ def _everywhere(ok: bool) -> bool:
 
 
 def _first_line(error: BaseException) -> str:
+    """Kind and first line of an error, without the libraries' dumps; its end tells the cause."""
     text = str(error).split("[tensorstore_spec=")[0].strip().splitlines()
     line = text[0] if text else ""
-    return f"{type(error).__name__}: {line[:200]}"
+    short = line if len(line) <= _LINE else f"{line[: _LINE // 3]} ... {line[-_LINE * 2 // 3 :]}"
+    return f"{type(error).__name__}: {short}"
 
 
 def _free_space(folder: epath.Path) -> str:

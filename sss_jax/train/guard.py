@@ -184,15 +184,8 @@ class StopSignal:
 
 def _has_preemption_service() -> bool:
     """Whether JAX's own preemption service runs in this process."""
-    if not jax.distributed.is_initialized():
-        return False
-    from jax.experimental import multihost_utils
-
-    try:
-        multihost_utils.reached_preemption_sync_point(0)
-    except RuntimeError:
-        return False
-    return True
+    enabled = getattr(jax.config, "jax_enable_preemption_service", True)
+    return jax.distributed.is_initialized() and bool(enabled)
 
 
 # The lock of a run folder.

@@ -128,7 +128,8 @@ class _Board:
     """TensorBoard files, opened at the first number, where tensorboardX is installed."""
 
     def __init__(self, folder: Path) -> None:
-        self._folder, self._purge_step = folder, None
+        self._folder = folder
+        self._purge_step: int | None = None
         self._writer: Any = None
         self._installed = importlib.util.find_spec("tensorboardX") is not None
 

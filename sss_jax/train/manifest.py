@@ -79,8 +79,10 @@ def flatten(tree: PyTree) -> dict[Path, Any]:
     return {tuple(_component(key) for key in path): leaf for path, leaf in leaves}
 
 
-def nest(leaves: Mapping[Path, Any]) -> dict[str, Any]:
-    """Nested dict with the given leaves, the inverse of `flatten` for dicts."""
+def nest(leaves: Mapping[Path, Any]) -> Any:
+    """Nested dict with the given leaves, the inverse of `flatten` for dicts and single leaves."""
+    if () in leaves:
+        return leaves[()]
     root: dict[str, Any] = {}
     for path, leaf in leaves.items():
         node = root
@@ -126,7 +128,7 @@ def _regions(leaf: Any) -> list[tuple[tuple[int, ...], np.ndarray]]:
 
 def checksum(array: np.ndarray) -> int:
     """CRC-32 of the bytes of an array in C order."""
-    return zlib.crc32(np.ascontiguousarray(array).reshape(-1).view(np.uint8))
+    return zlib.crc32(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
 
 
 def describe(shape: Iterable[int], dtype: Any, copies: list[Any]) -> dict[str, Any]:
