@@ -246,8 +246,12 @@ def _read_voxels(
     convert: Callable[[Values], Values],
     path: Path,
 ) -> Values:
-    """Stream all voxels through `convert`, then go to the end of the file, where the CRC is."""
+    """Stream all voxels through `convert`, then go to the end of the file, where the CRC is.
+
+    A wrong value is raised last: in a damaged file the damage is what the reader should know.
+    """
     flat = np.empty(declared.voxels, dtype)
+    fault: FileFault | None = None
     for start in range(0, declared.voxels, _CHUNK):
         stop = min(start + _CHUNK, declared.voxels)
         want = (stop - start) * declared.dtype.itemsize
@@ -255,9 +259,14 @@ def _read_voxels(
         if len(raw) < want:
             problem = f"is truncated: {declared.voxels:,} voxels are declared, fewer are there"
             raise FileFault(path, problem, _AGAIN)
-        flat[start:stop] = convert(np.frombuffer(raw, declared.dtype))
+        try:
+            flat[start:stop] = convert(np.frombuffer(raw, declared.dtype))
+        except FileFault as found:
+            fault = fault or found
     if len(stream.read(_SLACK + 1)) > _SLACK:
         raise FileFault(path, "holds more data than its header declares", _AGAIN)
+    if fault is not None:
+        raise fault
     return flat.reshape(declared.shape, order="F")
 
 
