@@ -196,7 +196,8 @@ def restore_probabilities(prob_SHWK: Image, placement: Placement) -> Image:
     inner = prob_SHWK[:, top : top + height, left : left + width]
     rows = resize_matrix(height, placement.plane[0])
     columns = resize_matrix(width, placement.plane[1])
-    planes = np.moveaxis(inner.astype(np.float32, copy=False), -1, 1)
+    # Matrix products are slow on planes that are not contiguous.
+    planes = np.ascontiguousarray(np.moveaxis(inner, -1, 1), np.float32)
     return np.moveaxis(np.matmul(np.matmul(rows, planes), columns.T), 1, -1)
 
 

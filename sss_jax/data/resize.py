@@ -45,25 +45,26 @@ def resize_image(image_SHW: NDArray[np.float32], rows: Matrix, columns: Matrix) 
 def resize_labels(label_SHW: NDArray[np.uint8], rows: Matrix, columns: Matrix) -> NDArray[np.uint8]:
     """Resize labels by the largest share of the linearly resized one-hot planes.
 
-    Ties go to the lower label and padding is 0. Only the block that a class can reach is
-    computed, since most classes are small.
+    Ties go to the lower label and padding is 0. Only the rectangles that labels and classes can
+    reach are computed, since most structures are small.
     """
     out = np.zeros((len(label_SHW), len(rows), len(columns)), np.uint8)
+    for label_HW, target in zip(label_SHW, out, strict=True):
+        if label_HW.any():
+            source, area = _reach(label_HW, rows, columns)
+            inner = rows[area[0], source[0]], columns[area[1], source[1]]
+            target[area] = _largest_share(label_HW[source], *inner)
+    return out
+
+
+def _largest_share(label_HW: NDArray[np.uint8], rows: Matrix, columns: Matrix) -> NDArray[np.uint8]:
+    out = np.zeros((len(rows), len(columns)), np.uint8)
     best = np.zeros(out.shape, np.float32)
     background = np.ones(out.shape, np.float32)
-    for label in np.unique(label_SHW[label_SHW > 0]):
-        plane = label_SHW == label
-        first, last = _span(plane, axis=(1, 2))
-        top, bottom = _span(plane, axis=(0, 2))
-        left, right = _span(plane, axis=(0, 1))
-        high, low = _span(rows[:, top:bottom], axis=1)
-        start, stop = _span(columns[:, left:right], axis=1)
-        share = resize_image(
-            plane[first:last, top:bottom, left:right].astype(np.float32),
-            rows[high:low, top:bottom],
-            columns[start:stop, left:right],
-        )
-        area = np.s_[first:last, high:low, start:stop]
+    for label in np.unique(label_HW[label_HW > 0]):
+        plane = (label_HW == label).astype(np.float32)
+        source, area = _reach(plane, rows, columns)
+        share = rows[area[0], source[0]] @ plane[source] @ columns[area[1], source[1]].T
         background[area] -= share
         # A share counts when it leads by more than rounding, so that ties go to the lower label.
         wins = share > best[area] + 1e-6
@@ -73,7 +74,16 @@ def resize_labels(label_SHW: NDArray[np.uint8], rows: Matrix, columns: Matrix) -
     return out
 
 
-def _span(array: NDArray[Any], axis: int | tuple[int, ...]) -> tuple[int, int]:
-    """Return the first and one past the last position that is not all zero, else (0, 0)."""
-    found = np.flatnonzero(array.any(axis=axis))
-    return (int(found[0]), int(found[-1]) + 1) if found.size else (0, 0)
+Block = tuple[slice, slice]
+
+
+def _reach(plane_HW: NDArray[Any], rows: Matrix, columns: Matrix) -> tuple[Block, Block]:
+    """Return the block that holds all that is not zero, and the one it can reach once resized."""
+    source = _span(plane_HW.any(axis=1)), _span(plane_HW.any(axis=0))
+    area = _span(rows[:, source[0]].any(axis=1)), _span(columns[:, source[1]].any(axis=1))
+    return source, area
+
+
+def _span(flags: NDArray[np.bool_]) -> slice:
+    found = np.flatnonzero(flags)
+    return slice(int(found[0]), int(found[-1]) + 1) if found.size else slice(0, 0)
