@@ -70,7 +70,7 @@ class WindowAttention(nn.Module):
         y = layers.merge_heads(layers.attention(q, k, v)).reshape(n, h, w, self.width)
         if self.window:
             y = layers.window_merge(y, height, width)
-        return nn.Dense(self.width, dtype=self.dtype, name="proj")(y)
+        return layers.Dense(self.width, self.dtype, name="proj")(y)
 
 
 class PaddedDense(nn.Module):
@@ -92,10 +92,10 @@ class PaddedDense(nn.Module):
         shape = (x_BHWC.shape[-1], self.features)
         kernel = self.param("kernel", nn.initializers.lecun_normal(), shape).astype(self.dtype)
         bias = self.param("bias", nn.initializers.zeros, shape[1:]).astype(self.dtype)
-        y = x_BHWC.astype(self.dtype) @ kernel
+        y = layers.linear(x_BHWC.astype(self.dtype), kernel)
         if self.window:
             y = layers.pad_to_windows(y, self.window)
-        return y + bias[None, None, None]
+        return layers.add_bias(y, bias)
 
 
 class Block(nn.Module):
@@ -124,7 +124,7 @@ class Block(nn.Module):
         x = layers.layer_norm("norm1", self.dtype)(x_BHWC)
         if shortcut.shape[-1] != self.width:
             # A stage's first block projects the *normalised* tokens, unlike a plain residual.
-            shortcut = nn.Dense(self.width, dtype=self.dtype, name="proj")(x)
+            shortcut = layers.Dense(self.width, self.dtype, name="proj")(x)
             shortcut = layers.max_pool(shortcut) if self.pool else shortcut
         attend = WindowAttention(
             self.width, self.heads, self.window, self.pool, self.dtype, name="attn"

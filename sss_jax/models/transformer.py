@@ -43,12 +43,12 @@ class Attention(nn.Module):
         """Attend from `q` to the keys that are `valid`."""
 
         def project(x: Array, name: str) -> Array:
-            y = nn.Dense(self.inner, dtype=self.dtype, name=name)(x)
+            y = layers.Dense(self.inner, self.dtype, name=name)(x)
             return layers.split_heads(y, self.heads)
 
         q, k, v = project(q, "q_proj"), project(k, "k_proj"), project(v, "v_proj")
         y = layers.merge_heads(layers.attention(q, k, v, valid))
-        return nn.Dense(self.width, dtype=self.dtype, name="out_proj")(y)
+        return layers.Dense(self.width, self.dtype, name="out_proj")(y)
 
 
 class TwoWayLayer(nn.Module):
