@@ -5,7 +5,8 @@ shuffled anew in every epoch. Everything drawn for it depends on the seed, the s
 number. So resuming needs the step alone, and hosts read their own part without talking.
 """
 
-from collections.abc import Iterator, Mapping
+import functools
+from collections.abc import Generator, Mapping
 from typing import Any
 
 import grain
@@ -22,6 +23,7 @@ __all__ = ["Batch", "Loader", "draw_slices", "load_example"]
 
 Batch = dict[str, dict[str, NDArray[Any]]]
 STREAMS = ("labelled", "unlabelled")
+_ORDER, _CLIP = 0, 1
 
 
 def draw_slices(
@@ -84,7 +86,7 @@ class Loader:
             self._batches["unlabelled"] = train.unlabelled_batch
         self._cases = {name: getattr(split, name) for name in self._batches}
         self._check()
-        self._order = {name: self._shuffled(name) for name in self._batches}
+        self._order = functools.lru_cache(maxsize=64)(self._shuffled)
         self._scans = ScanCache(
             lambda case: load_scan(case, model.num_classes, data), data.cache_bytes
         )
@@ -107,7 +109,7 @@ class Loader:
             found[stream].append(self._case(stream, number).name)
         return found
 
-    def iterate(self, start_step: int = 0) -> Iterator[Batch]:
+    def iterate(self, start_step: int = 0) -> Generator[Batch, None, None]:
         """Yield the batches from a step to the last one of the run, read ahead by threads.
 
         Close the iterator (or exhaust it) to end the threads.
@@ -142,11 +144,16 @@ class Loader:
                     f"make it a multiple of {self._count}"
                 )
 
-    def _shuffled(self, stream: str) -> Any:
-        entropy = (self._train.seed, STREAMS.index(stream))
-        seed = int(np.random.SeedSequence(entropy).generate_state(1)[0])
-        numbers = grain.MapDataset.range(len(self._cases[stream]))
-        return numbers.seed(seed).shuffle().repeat()
+    def _shuffled(self, stream: str, epoch: int) -> NDArray[np.int64]:
+        """Draw the order of an epoch.
+
+        grain's own shuffle finds one index at a time by walking a cycle of 2^16, which takes
+        milliseconds for the few cases that labelled sets have.
+        """
+        return self._rng(stream, _ORDER, epoch).permutation(len(self._cases[stream]))
+
+    def _rng(self, stream: str, purpose: int, number: int) -> np.random.Generator:
+        return np.random.default_rng((self._train.seed, STREAMS.index(stream), purpose, number))
 
     def _example(self, position: int) -> tuple[str, int]:
         """Map a position in this host's sequence to a stream and a global example number."""
@@ -159,14 +166,15 @@ class Loader:
         raise AssertionError("a position lies in one stream")
 
     def _case(self, stream: str, number: int) -> Case:
-        return self._cases[stream][self._order[stream][number]]
+        cases = self._cases[stream]
+        epoch, place = divmod(number, len(cases))
+        return cases[self._order(stream, epoch)[place]]
 
     def _clip(self, position: int) -> dict[str, Any]:
         stream, number = self._example(position)
         labelled = stream == "labelled"
         scan = self._scans(self._case(stream, number))
-        entropy = (self._train.seed, STREAMS.index(stream), number)
-        rng = np.random.Generator(np.random.PCG64(np.random.SeedSequence(entropy)))
+        rng = self._rng(stream, _CLIP, number)
         slices = draw_slices(scan, self._data, rng, labelled=labelled)
         example = place(scan, self._model.image_size, self._data, slices)
         missing = self._data.clip_slices - len(slices)

@@ -79,11 +79,12 @@ Block = tuple[slice, slice]
 
 def _reach(plane_HW: NDArray[Any], rows: Matrix, columns: Matrix) -> tuple[Block, Block]:
     """Return the block that holds all that is not zero, and the one it can reach once resized."""
-    source = _span(plane_HW.any(axis=1)), _span(plane_HW.any(axis=0))
-    area = _span(rows[:, source[0]].any(axis=1)), _span(columns[:, source[1]].any(axis=1))
+    source = _span(plane_HW, 1), _span(plane_HW, 0)
+    area = _span(rows[:, source[0]], 1), _span(columns[:, source[1]], 1)
     return source, area
 
 
-def _span(flags: NDArray[np.bool_]) -> slice:
-    found = np.flatnonzero(flags)
+def _span(array: NDArray[Any], over: int) -> slice:
+    """Return from the first to the last position that is not all zero over an axis."""
+    found = np.flatnonzero(array.any(axis=over))
     return slice(int(found[0]), int(found[-1]) + 1) if found.size else slice(0, 0)
