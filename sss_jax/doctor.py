@@ -112,7 +112,8 @@ def diagnose(timeout: float = 120.0) -> Report:
 def _python() -> list[Check]:
     found = f"{platform.python_version()}, {platform.system()} {platform.machine()}"
     old = sys.version_info[:2] < _PYTHON
-    return [Check("python", found, old, "use Python {}.{} or newer".format(*_PYTHON))]
+    fix = "use Python {}.{} or newer".format(*_PYTHON)
+    return [Check("python", found, old, fix if old else "")]
 
 
 # Packages.

@@ -14,12 +14,11 @@ same folder.
 import dataclasses
 import logging
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, Self
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
@@ -27,15 +26,13 @@ from sss_jax.axes import PyTree
 from sss_jax.errors import CheckpointError
 from sss_jax.train import array_files as af
 from sss_jax.train import manifest as mf
+from sss_jax.train import step_folders as sf
 from sss_jax.train.identity import check_identity
 from sss_jax.train.manifest import Damage, Manifest
 
 __all__ = ["Checkpointer", "Restored", "check_identity", "set_aside"]
 
 _LOG = logging.getLogger(__name__)
-_DOOMED = ".deleted"
-_SHOWN = 8
-_LINE = 210
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,7 +87,7 @@ class Checkpointer:
 
     def steps(self) -> list[int]:
         """Committed steps, oldest first."""
-        return [step for step in self._folders() if self._committed(step)]
+        return sf.committed(self.folder)
 
     def latest_step(self) -> int | None:
         """Newest committed step."""
@@ -98,8 +95,7 @@ class Checkpointer:
 
     def best_step(self) -> int | None:
         """Committed step with the highest `metrics["dice"]`; the newer one of equals."""
-        known = [(score, step) for step in self.steps() if (score := self._score(step)) is not None]
-        return max(known)[1] if known else None
+        return sf.best(self.folder)
 
     # Saving.
 
@@ -127,11 +123,11 @@ class Checkpointer:
             Whether a save was started.
         """
         earlier = self._settle()
-        started = step not in self._good
+        started = step not in self._good or not sf.is_committed(self.folder, step)
         if started:
             self._start(step, state, dict(meta), mf.finite_or_none(metrics))
-        elif metrics is not None:
-            self._add_metrics(step, mf.finite_or_none(metrics))
+        elif metrics is not None and jax.process_index() == 0:
+            sf.add_metrics(self.folder, step, mf.finite_or_none(metrics))
         if earlier is not None:
             raise earlier
         return started
@@ -144,7 +140,7 @@ class Checkpointer:
             self._writer.check_for_errors()
         except Exception as error:  # the array libraries raise bare exceptions
             raise self._failed(error) from (error if self._debug else None)
-        if self._committed(self._pending[0]):
+        if sf.is_committed(self.folder, self._pending[0]):
             self.wait()
 
     def wait(self) -> None:
@@ -221,37 +217,17 @@ class Checkpointer:
 
     # Inside.
 
-    def _folders(self) -> list[int]:
-        if not self.folder.is_dir():
-            return []
-        names = [path.name for path in self.folder.iterdir()]
-        return sorted(int(name) for name in names if name.isdecimal() and name == str(int(name)))
-
-    def _committed(self, step: int) -> bool:
-        return (self.folder / str(step) / af.COMMIT_FILE).exists()
-
-    def _manifest(self, step: int) -> Manifest:
-        manifest = mf.read(self.folder / str(step))
-        if manifest.step != step:
-            raise Damage(f"its manifest belongs to step {manifest.step}")
-        return manifest
-
-    def _score(self, step: int) -> float | None:
-        try:
-            return self._manifest(step).metrics.get("dice")
-        except Damage as damage:
-            _LOG.warning("checkpoint %s has no score: %s", self.folder / str(step), damage)
-            return None
-
     def _start(
         self, step: int, state: PyTree, meta: dict[str, Any], metrics: dict[str, Any]
     ) -> None:
         leaves = mf.flatten(state)
         for path, leaf in leaves.items():
-            _require_array(path, leaf)
+            sf.require_array(path, leaf)
         body = mf.new_body(step, meta, metrics)
         mf.seal(body)  # a value that JSON cannot hold is the caller's error, raised here
-        self._sweep()
+        if not self._swept:
+            self._tidy(lambda: sf.sweep(self.folder))
+            self._swept = True
         self._pending = (step, sum(leaf.nbytes for leaf in leaves.values()))
         try:
             self._writer.save(
@@ -272,7 +248,7 @@ class Checkpointer:
         self._pending = None
         self._good.add(step)
         self._damaged.discard(step)
-        self._prune()
+        self._tidy(self._prune)
         return None
 
     def _failed(self, error: Exception) -> CheckpointError:
@@ -281,52 +257,34 @@ class Checkpointer:
         step, nbytes = self._pending
         self._pending = None
         path = self.folder / str(step)
-        if jax.process_index() == 0 and not self._committed(step) and af.is_local(path):
-            shutil.rmtree(path, ignore_errors=True)
-        reason = str(error) if self._debug else _first_line(error)
+        if not sf.is_committed(self.folder, step) and af.is_local(path):
+            self._tidy(lambda: shutil.rmtree(path, ignore_errors=True))
+        reason = str(error) if self._debug else sf.first_line(error)
         return CheckpointError(
             f"checkpoint {path} could not be saved: {reason}\n"
-            f"It needs {nbytes:,} bytes{_free_space(self.folder)}. "
+            f"It needs {nbytes:,} bytes{sf.free_space(self.folder)}. "
             "Earlier checkpoints are intact; free some space or mend the folder's permissions."
         )
 
-    def _add_metrics(self, step: int, metrics: dict[str, Any]) -> None:
+    def _tidy(self, remove: Callable[[], None]) -> None:
+        """Remove folders from one process; a folder that stays is no reason to stop a run."""
         if jax.process_index() == 0:
-            path = self.folder / str(step) / mf.file_name(0)
-            body = mf.unseal(path.read_bytes())
-            af.write_text(path, mf.seal({**body, "metrics": {**body["metrics"], **metrics}}))
-
-    def _sweep(self) -> None:
-        """Remove once what a killed save or a killed removal left behind."""
-        if self._swept or jax.process_index() != 0 or not self.folder.is_dir():
-            return
-        self._swept = True
-        for path in self.folder.iterdir():
-            unfinished = path.name.isdecimal() and not (path / mf.FILES).exists()
-            if path.name.endswith(_DOOMED) or (unfinished and not (path / af.COMMIT_FILE).exists()):
-                path.rmtree()
+            try:
+                remove()
+            except OSError as error:
+                _LOG.warning("old checkpoints in %s stay: %s", self.folder, error)
 
     def _prune(self) -> None:
         """Remove the steps that are neither among the newest whole ones nor the best."""
-        if jax.process_index() != 0:
-            return
         steps = self.steps()
         whole = [step for step in steps if step not in self._damaged]
         keep = {*whole[-self._keep_last :], self.best_step()}
         for step in steps:
-            if step not in keep and step < whole[-1]:
-                self._remove(self.folder / str(step))
-
-    def _remove(self, path: epath.Path) -> None:
-        """Remove a step so that no part of it can ever be taken for a whole one."""
-        if af.is_local(path):
-            path = path.rename(path.with_name(path.name + _DOOMED))
-        else:
-            (path / af.COMMIT_FILE).unlink()
-        path.rmtree()
+            if step not in keep and step < max(whole, default=0):
+                sf.remove(self.folder / str(step))
 
     def _warn_unfinished(self, committed: list[int]) -> None:
-        unfinished = [step for step in self._folders() if step not in committed]
+        unfinished = [step for step in sf.numbered(self.folder) if step not in committed]
         if unfinished:
             _LOG.warning(
                 "ignored checkpoints without %s in %s: %s", af.COMMIT_FILE, self.folder, unfinished
@@ -336,9 +294,9 @@ class Checkpointer:
         wanted = mf.flatten(target)
         arrays, damage = {}, ""
         try:
-            manifest = self._manifest(step)
-            _match(self.folder / str(step), manifest, wanted)
-            arrays = self._read(step, manifest, list(wanted))
+            manifest = sf.read_manifest(self.folder, step)
+            sf.match(self.folder / str(step), manifest, wanted)
+            arrays = self._read(manifest, wanted)
         except Damage as found:
             damage = str(found)
         if not _everywhere(not damage):
@@ -346,38 +304,22 @@ class Checkpointer:
             self._good.discard(step)
             return None, damage or "another process cannot read it"
         self._good.add(step)
-        leaves = [_place(arrays[path], like) for path, like in wanted.items()]
+        leaves = [sf.place(arrays[path], like) for path, like in wanted.items()]
         state = jax.tree.unflatten(jax.tree.structure(target), leaves)
         return Restored(state, manifest.meta, step, manifest.metrics), ""
 
-    def _read(
-        self, step: int, manifest: Manifest, paths: list[mf.Path]
-    ) -> dict[mf.Path, np.ndarray]:
-        """Read and verify leaves on the host."""
-        folder = self.folder / str(step)
-        # Object storage checks its own transfers; elsewhere one process reads for all.
-        if af.is_local(folder) and jax.process_index() == 0:
-            mf.check_files(folder)
-        rows = {path: manifest.leaves[path] for path in paths}
-        wanted = {path: jax.ShapeDtypeStruct(row.shape, row.dtype) for path, row in rows.items()}
-        try:
-            arrays = self._handler.restore(folder, args=af.Restore(wanted))
-        except MemoryError:
-            raise
-        except Exception as error:
-            raise Damage(str(error) if self._debug else _first_line(error)) from None
-        mf.verify(manifest, arrays)
-        return arrays
+    def _read(self, manifest: Manifest, paths: Iterable[mf.Path]) -> dict[mf.Path, np.ndarray]:
+        return sf.read_arrays(self.folder, manifest, paths, self._handler, debug=self._debug)
 
     def _load_entry(self, step: int, key: str) -> tuple[dict[str, Any], dict[str, Any]]:
-        manifest = self._manifest(step)
+        manifest = sf.read_manifest(self.folder, step)
         paths = [path for path in manifest.leaves if path[0] == key]
         if not paths:
             held = ", ".join(sorted({path[0] for path in manifest.leaves}))
             raise CheckpointError(
                 f"checkpoint {self.folder / str(step)} has no {key!r}, but {held}"
             )
-        arrays = self._read(step, manifest, paths)
+        arrays = self._read(manifest, paths)
         params = mf.nest({path[1:]: array for path, array in arrays.items()})
         return params, {**manifest.meta, "step": step, "metrics": manifest.metrics}
 
@@ -399,7 +341,7 @@ class Checkpointer:
         return steps[::-1]
 
     def _require(self, step: int) -> None:
-        if not self._committed(step):
+        if not sf.is_committed(self.folder, step):
             raise CheckpointError(f"no checkpoint {step} in {self.folder}; it has {self.steps()}")
 
     def _damage_error(self, step: int, damage: str) -> CheckpointError:
@@ -429,46 +371,6 @@ def _all_damaged(tried: list[str]) -> CheckpointError:
     )
 
 
-def _require_array(path: mf.Path, leaf: Any) -> None:
-    plain = isinstance(leaf, (jax.Array, np.ndarray)) and not jnp.issubdtype(
-        leaf.dtype, jax.dtypes.extended
-    )
-    if not plain:
-        raise TypeError(f"{mf.name(path)}: cannot save {type(leaf).__name__}, only plain arrays")
-
-
-def _match(folder: Any, manifest: Manifest, wanted: Mapping[mf.Path, Any]) -> None:
-    """Refuse a target that is not the state that was saved; this is not damage."""
-    saved = {path: (leaf.shape, leaf.dtype) for path, leaf in manifest.leaves.items()}
-    here = {path: (tuple(leaf.shape), leaf.dtype.name) for path, leaf in wanted.items()}
-    lines = [
-        f"{mf.name(path)}: saved {_form(saved.get(path))}, now {_form(here.get(path))}"
-        for path in sorted({*saved, *here})
-        if saved.get(path) != here.get(path)
-    ]
-    if lines:
-        more = [f"... and {len(lines) - _SHOWN} more"] if len(lines) > _SHOWN else []
-        raise CheckpointError(
-            f"checkpoint {folder} holds another state:\n  "
-            + "\n  ".join(lines[:_SHOWN] + more)
-            + "\nUse the model and optimizer it was saved with, another --workdir, or --fresh."
-        )
-
-
-def _form(row: tuple[tuple[int, ...], str] | None) -> str:
-    return "nothing" if row is None else f"{row[1]}{list(row[0])}"
-
-
-def _place(array: np.ndarray, like: Any) -> Any:
-    """Put a host array where its target lies."""
-    if isinstance(like, np.ndarray):
-        return array
-    sharding = getattr(like, "sharding", None)
-    if sharding is None or not getattr(like, "committed", True):
-        return jnp.asarray(array)
-    return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
-
-
 def _everywhere(ok: bool) -> bool:
     """Whether every process agrees, so that all of them fall back to the same step."""
     if jax.process_count() == 1:
@@ -476,18 +378,3 @@ def _everywhere(ok: bool) -> bool:
     from jax.experimental import multihost_utils
 
     return bool(np.all(multihost_utils.process_allgather(np.asarray(ok))))
-
-
-def _first_line(error: BaseException) -> str:
-    """Kind and first line of an error, without the libraries' dumps; its end tells the cause."""
-    text = str(error).split("[tensorstore_spec=")[0].strip().splitlines()
-    line = text[0] if text else ""
-    short = line if len(line) <= _LINE else f"{line[: _LINE // 3]} ... {line[-_LINE * 2 // 3 :]}"
-    return f"{type(error).__name__}: {short}"
-
-
-def _free_space(folder: epath.Path) -> str:
-    if not af.is_local(folder):
-        return ""
-    existing = next(path for path in (folder, *folder.parents) if path.exists())
-    return f", {shutil.disk_usage(existing).free:,} are free"

@@ -44,13 +44,14 @@ class MetricsLog:
 
     def write(self, row: Mapping[str, Any]) -> None:
         """Append one row; its values are numbers, strings, booleans, None, lists or dicts."""
-        line = json.dumps(_encode(row), allow_nan=False)
+        encoded = _encode(row)
+        line = json.dumps(encoded, allow_nan=False)
         if self._stream is None:
             self._repair()
             self._stream = self.path.open("a", encoding="utf-8", buffering=1)
         self._stream.write(line + "\n")
         if self._board is not None:
-            self._board.write(row)
+            self._board.write(_decode(encoded))
 
     def truncate(self, step: int) -> None:
         """Drop the rows after `step`, so that a resumed run's file equals an uninterrupted one's.

@@ -23,7 +23,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from sss_jax.errors import CheckpointError
-from sss_jax.train import array_files, manifest
+from sss_jax.train import array_files, manifest, step_folders
 from sss_jax.train.checkpoint import Checkpointer, check_identity, set_aside
 
 META = {"config": {"model": {"preset": "nano"}}, "seed": 7}
@@ -276,6 +276,28 @@ def test_step_left_by_another_object_is_replaced(folder):
     with Checkpointer(folder) as checkpointer:
         assert checkpointer.save(20, make_state(21), meta={})
         assert same(checkpointer.restore(target()).state, make_state(21))
+
+
+def test_step_that_was_removed_by_hand_is_written_again(folder):
+    with Checkpointer(folder) as checkpointer:
+        assert checkpointer.restore(target()).step == 20
+        shutil.rmtree(folder / "20")
+        assert checkpointer.save(20, make_state(20), meta=META)
+        checkpointer.wait()
+        assert checkpointer.steps() == [10, 20]
+
+
+def test_old_step_that_cannot_be_removed_does_not_stop_the_run(tmp_path, monkeypatch, caplog):
+    def refuse(path):
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    monkeypatch.setattr(step_folders, "remove", refuse)
+    with Checkpointer(tmp_path, keep_last=1) as checkpointer:
+        for step in (1, 2):
+            checkpointer.save(step, {"x": jnp.float32(step)}, meta={})
+        checkpointer.wait()
+        assert checkpointer.steps() == [1, 2]
+    assert "stay: [Errno 13] Permission denied" in caplog.text
 
 
 def test_set_aside_keeps_the_old_steps(folder):
