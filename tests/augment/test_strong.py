@@ -205,6 +205,9 @@ def test_mask_follows_the_pixel_centre_rule():
                 assert mask[i, r, c] == (y0 <= y < y1 and x0 <= x < x1)
     assert not np.asarray(box_mask(np.zeros((2, 4), np.float32), 5, 8)).any()
     assert np.asarray(box_mask(np.float32([[0, 0, 1, 1]]), 5, 8)).all()
+    # Boxes that meet on a pixel's centre share no pixel and leave none out.
+    meeting = np.asarray(box_mask(np.float32([[0, 0, 0.375, 1], [0.375, 0, 1, 1]]), 4, 4))
+    np.testing.assert_array_equal(meeting[:, :, 0], [[1, 0, 0, 0], [0, 1, 1, 1]])
 
 
 def test_masks_of_all_levels_agree():
