@@ -154,7 +154,7 @@ def place(array: np.ndarray, like: Any) -> Any:
         return array
     sharding = getattr(like, "sharding", None)
     if sharding is None or not getattr(like, "committed", True):
-        return jnp.asarray(array)
+        return jax.device_put(array)
     return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
 
 
