@@ -1,7 +1,8 @@
 """BHSD: brain haemorrhage on head CT, 5 classes, 96 labelled and 1,980 unlabelled volumes.
 
 Command: sss-jax train --config bhsd:sss --data DIR --workdir W
-Hardware: one GPU or TPU host with 16 GB a device. Not run here: the volumes are not redistributable.
+Hardware: one GPU or TPU host with 16 GB a device. Not run here: the
+volumes may not be redistributed.
 The window is the wide one of the data set's authors, [-100, 200] HU; brain [0, 80] and subdural
 [-15, 115] are `--config.data.window_low=0 --config.data.window_high=80` and so on.
 """

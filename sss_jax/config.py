@@ -79,7 +79,8 @@ def packaged() -> dict[str, Path]:
 
 def _call_get_config(path: Path, arg: str) -> ml_collections.ConfigDict:
     spec = importlib.util.spec_from_file_location(f"sss_jax_config_{path.stem}", path)
-    assert spec is not None and spec.loader is not None
+    assert spec is not None
+    assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)
@@ -101,9 +102,7 @@ def _apply(config: dict[str, Any], override: str) -> None:
     node: Any = config
     for depth, part in enumerate([*groups, leaf]):
         if not isinstance(node, dict) or part not in node:
-            where = ".".join(groups[:depth])
-            known = [f"{where}.{key}" if where else key for key in node] if node else []
-            raise ConfigError(f"unknown setting {name!r}{_suggest(name, known + _all_names())}")
+            raise ConfigError(f"unknown setting {name!r}{_suggest(name, _all_names())}")
         if depth < len(groups):
             node = node[part]
     if isinstance(node[leaf], dict):
@@ -173,7 +172,9 @@ def _checked(name: str, value: Any, field: dataclasses.Field[Any]) -> Any:
     if isinstance(value, (int, float)) and not math.isfinite(value):
         raise ConfigError(f"{name}={value!r} is not a finite number")
     if (low is not None and value < low) or (high is not None and value > high):
-        raise ConfigError(f"{name}={value!r} is outside {_range(low, high)}; {field.metadata['doc']}")
+        raise ConfigError(
+            f"{name}={value!r} is outside {_range(low, high)}; {field.metadata['doc']}"
+        )
     return value
 
 
@@ -215,7 +216,10 @@ def _contradictions(options: Options) -> list[tuple[bool, str]]:
         ),
         (data.window_low >= data.window_high, "data.window_low must be below data.window_high"),
         (strong.area_low > strong.area_high, "strong.area_low must not exceed strong.area_high"),
-        (strong.sigma_low > strong.sigma_high, "strong.sigma_low must not exceed strong.sigma_high"),
+        (
+            strong.sigma_low > strong.sigma_high,
+            "strong.sigma_low must not exceed strong.sigma_high",
+        ),
         (
             strong.aspect_low > strong.aspect_high,
             "strong.aspect_low must not exceed strong.aspect_high",

@@ -115,9 +115,7 @@ class PCSWOptions:
         choices=("best_slice", "every_k"),
     )
     every: int = option(2, "k of every_k", low=1)
-    source: str = option(
-        "weak", "pseudo-masks that make the prompts", choices=("weak", "per_view")
-    )
+    source: str = option("weak", "pseudo-masks that make the prompts", choices=("weak", "per_view"))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -226,7 +224,9 @@ class Options:
     """All groups; the tree of a configuration."""
 
     method: str = option(
-        "sss", "name of the method, for logs", choices=("supervised", "fixmatch", "unimatch_v2", "sss")
+        "sss",
+        "name of the method, for logs",
+        choices=("supervised", "fixmatch", "unimatch_v2", "sss"),
     )
     model: ModelOptions = dataclasses.field(default_factory=ModelOptions)
     data: DataOptions = dataclasses.field(default_factory=DataOptions)

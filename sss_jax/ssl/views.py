@@ -1,0 +1,87 @@
+"""The views of one batch: a weak one of every clip, strong ones of the unlabelled clips."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from sss_jax.augment.keys import example_keys
+from sss_jax.augment.strong import box_mask, cutmix_box, paste, photometric
+from sss_jax.augment.weak import weak_view
+from sss_jax.axes import Array, Bool, Float, Int, Key
+from sss_jax.options import Options
+from sss_jax.parallel import reverse_batch
+
+
+class LabelledView(NamedTuple):
+    """A weak view of labelled clips; `valid` is False outside the image and on padding slices."""
+
+    image_BSHWC: Float[Array, "B S H W 1"]
+    label_BSHW: Int[Array, "B S H W"]
+    valid_BSHW: Bool[Array, "B S H W"]
+
+
+class StrongView(NamedTuple):
+    """A strong view: the weak one with photometric changes and a box from the reversed batch."""
+
+    image_BSHWC: Float[Array, "B S H W 1"]
+    box_B4: Float[Array, "B 4"]
+
+
+class UnlabelledViews(NamedTuple):
+    """Pixel-aligned views of unlabelled clips."""
+
+    weak_BSHWC: Float[Array, "B S H W 1"]
+    valid_BSHW: Bool[Array, "B S H W"]
+    strong: tuple[StrongView, ...]
+
+
+def labelled_view(key: Key[Array, ""], clips: dict[str, Array], options: Options) -> LabelledView:
+    """Make the weak (geometric) view of labelled clips."""
+    keys = example_keys(key, clips["id"])
+    image, label, inside = jax.vmap(lambda k, x, y: weak_view(k, x, y, options.weak))(
+        keys, clips["image"], clips["label"]
+    )
+    assert label is not None
+    return LabelledView(image, label, _valid(inside, clips["slice_mask"]))
+
+
+def unlabelled_views(
+    key: Key[Array, ""], clips: dict[str, Array], options: Options, axis: str | None
+) -> UnlabelledViews:
+    """Make the weak view of unlabelled clips and, from it, the strong ones.
+
+    SSS, figure 2, after UniMatch V2 (Yang et al. 2024): geometric changes are shared by all
+    views, so they stay aligned pixel by pixel.
+    """
+    key_weak, *key_strong = jax.random.split(key, 1 + options.semi.views)
+    image, _, inside = jax.vmap(lambda k, x: weak_view(k, x, None, options.weak))(
+        example_keys(key_weak, clips["id"]), clips["image"]
+    )
+    strong = tuple(_strong_view(k, image, clips, options, axis) for k in key_strong)
+    return UnlabelledViews(image, _valid(inside, clips["slice_mask"]), strong)
+
+
+def mix(box_B4: Float[Array, "B 4"], x: Array, axis: str | None) -> Array:
+    """Paste each clip's box from its CutMix partner, the clip at the mirrored batch position.
+
+    Works on arrays [B, S, H, W] or [B, S, H, W, C] of any resolution: images, pseudo-labels,
+    confidences and feature maps are all cut along the same box.
+    """
+    mask = box_mask(box_B4, x.shape[2], x.shape[3])
+    return paste(mask, x, reverse_batch(x, axis))
+
+
+def _strong_view(
+    key: Key[Array, ""], weak: Array, clips: dict[str, Array], options: Options, axis: str | None
+) -> StrongView:
+    key_photometric, key_box = jax.random.split(key)
+    image = jax.vmap(lambda k, x, mask: photometric(k, x, options.strong, mask))(
+        example_keys(key_photometric, clips["id"]), weak, clips["slice_mask"]
+    )
+    box = jax.vmap(lambda k: cutmix_box(k, options.strong))(example_keys(key_box, clips["id"]))
+    return StrongView(mix(box, image, axis), box)
+
+
+def _valid(inside_BHW: Array, slice_mask_BS: Array) -> Bool[Array, "B S H W"]:
+    return jnp.logical_and(inside_BHW[:, None], slice_mask_BS[:, :, None, None])

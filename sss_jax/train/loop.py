@@ -1,0 +1,212 @@
+"""The training loop: read it from top to bottom."""
+
+import contextlib
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from sss_jax.axes import PyTree
+from sss_jax.data.cases import Split
+from sss_jax.data.pipeline import Loader
+from sss_jax.errors import Preempted
+from sss_jax.models.sss import build_model
+from sss_jax.options import Options
+from sss_jax.ssl.volume import make_volume_function
+from sss_jax.train import run
+from sss_jax.train.checkpoint import Checkpointer
+from sss_jax.train.guard import NonFiniteGuard, StopSignal, WorkdirLock
+from sss_jax.train.log import MetricsLog, Progress
+from sss_jax.train.mesh import Driver, make_driver
+from sss_jax.train.optimizer import learning_rate, make_optimizer
+from sss_jax.train.state import init_all_params, init_state
+from sss_jax.train.step import root_key
+from sss_jax.train.validate import validate
+
+
+def train(options: Options, data: Path, workdir: Path, *, fresh: bool = False) -> dict[str, Any]:
+    """Train to the last step, resuming whatever `workdir` holds.
+
+    Args:
+        options: all settings.
+        data: folder with images, labels and a split file.
+        workdir: run folder: checkpoints, metrics.jsonl, config.json, run.json.
+        fresh: discard an earlier run in `workdir`.
+
+    Returns:
+        Steps done, best validation Dice and its step, wall time of this call in seconds.
+
+    Raises:
+        DataError, ConfigError, CheckpointError: nothing was trained.
+        NonFiniteError: a loss or gradient was not finite; nothing bad was saved.
+        Preempted: a signal asked to stop; the state is saved.
+    """
+    split = run.read_split(options, data)
+    workdir.mkdir(parents=True, exist_ok=True)
+    with WorkdirLock(workdir), StopSignal() as stop:
+        run.open_folder(workdir, options, split, data, fresh=fresh)
+        with Checkpointer(workdir / "checkpoints") as checkpointer:
+            return _Run(options, split, workdir, checkpointer, stop).to_the_end()
+
+
+class _Run:
+    """The parts of one run, and the loop over them."""
+
+    def __init__(
+        self,
+        options: Options,
+        split: Split,
+        workdir: Path,
+        checkpointer: Checkpointer,
+        stop: StopSignal,
+    ) -> None:
+        self.options, self.split, self.stop = options, split, stop
+        self.checkpointer = checkpointer
+        self.loader = Loader(
+            split, options.model, options.data, options.train, semi=options.semi.enabled
+        )
+        self.log = MetricsLog(workdir)
+        self.model = build_model(options.model)
+        self.volume = make_volume_function(self.model, options)
+        self.guard = NonFiniteGuard(options.train.nonfinite_limit, self._case_names)
+
+    def to_the_end(self) -> dict[str, Any]:
+        began = time.monotonic()
+        key = root_key(self.options.train.seed)
+        driver, state, start = self._start(key)
+        key = driver.place_key(key)
+        total = self.options.train.steps
+        batches = self.loader.iterate(start)
+        with contextlib.closing(batches), self.log, Progress(total, start) as progress:
+            self._steps(driver, state, key, start, batches, progress)
+        self.checkpointer.wait()
+        best = self.checkpointer.best_step()
+        return {
+            "steps": total,
+            "best_step": best,
+            "best_val_dice": self.log.best("dice"),
+            "seconds": round(time.monotonic() - began, 1),
+        }
+
+    def _case_names(self, step: int) -> list[str]:
+        return sorted({name for names in self.loader.names(step).values() for name in names})
+
+    def _start(self, key: jax.Array) -> tuple[Driver, PyTree, int]:
+        """Return the driver and the state to go on from: the newest good one, or step 0."""
+        options = self.options
+        shapes = jax.eval_shape(lambda k: init_all_params(self.model, options, k), key)
+        optimizer = make_optimizer(options.optimizer, options.train.steps, shapes)
+        driver = make_driver(self.model, options, optimizer)
+        init = jax.jit(lambda k: init_state(self.model, options, optimizer, k))
+        restored = self.checkpointer.restore(jax.eval_shape(init, key))
+        state = init(key) if restored is None else restored.state
+        start = 0 if restored is None else restored.step
+        self.log.truncate(start)
+        return driver, driver.place_state(state), start
+
+    def _steps(
+        self,
+        driver: Driver,
+        state: PyTree,
+        key: jax.Array,
+        start: int,
+        batches: Iterator[Any],
+        progress: Progress,
+    ) -> None:
+        meter = _Meter(self.options)
+        for step in range(start, self.options.train.steps):
+            with meter.waiting():
+                batch = driver.place_batch(next(batches))
+            with jax.transfer_guard("disallow"):
+                state, metrics = driver.step(state, batch, key)
+            self.guard.watch(step, metrics["finite"])
+            done = step + 1
+            if done % self.options.train.log_every == 0 or done == self.options.train.steps:
+                self._log(done, metrics, meter, progress)
+            self._keep(done, driver, state, progress, meter)
+
+    def _log(self, done: int, metrics: PyTree, meter: "_Meter", progress: Progress) -> None:
+        scalars = {name: float(value) for name, value in jax.device_get(metrics).items()}
+        self.guard.check(scalars)
+        scalars.pop("finite")
+        rate = learning_rate(self.options.optimizer, self.options.train.steps)(done - 1)
+        row = {"kind": "train", "step": done, **scalars, "rate": float(rate), **meter.read()}
+        self.log.write(row)
+        progress.update(done, row)
+
+    def _keep(
+        self, done: int, driver: Driver, state: PyTree, progress: Progress, meter: "_Meter"
+    ) -> None:
+        """Validate and save where it is time to, and stop where it was asked for."""
+        train = self.options.train
+        last = done == train.steps
+        stop = self.stop.requested
+        due = last or bool(train.eval_every and done % train.eval_every == 0)
+        if not (due or stop or done % train.save_every == 0):
+            self.checkpointer.check()
+            return
+        self.guard.check()
+        single = driver.fetch(state)
+        scores = None if stop and not last else self._validate(single) if due else None
+        run.save(self.checkpointer, done, single, scores)
+        if scores is not None:
+            row = {"kind": "val", "step": done, **scores}
+            self.log.write(row)
+            progress.message(_line(row))
+        meter.restart()
+        if self.stop.requested and not last:
+            self.checkpointer.wait()
+            raise Preempted(
+                f"stopped by {self.stop.reason} after step {done}; the state is saved, "
+                "the same command goes on from there"
+            )
+
+    def _validate(self, state: PyTree) -> dict[str, float] | None:
+        if not self.split.val:
+            return None
+        name = self.options.eval.weights
+        params = state["ema"] if name == "ema" else state["params"]["net"]
+        return validate(
+            self.volume, params, self.split.val, self.options, lambda: self.stop.requested
+        )
+
+
+class _Meter:
+    """Slices per second and the share of time spent waiting for data, since the last reading."""
+
+    def __init__(self, options: Options) -> None:
+        train = options.train
+        clips = train.labelled_batch + train.unlabelled_batch * options.semi.enabled
+        self._slices = clips * options.data.clip_slices
+        self.restart()
+
+    def restart(self) -> None:
+        self._began, self._waited, self._steps = time.monotonic(), 0.0, 0
+
+    def waiting(self) -> "_Meter":
+        return self
+
+    def __enter__(self) -> None:
+        self._entered = time.monotonic()
+
+    def __exit__(self, *_: object) -> None:
+        self._waited += time.monotonic() - self._entered
+        self._steps += 1
+
+    def read(self) -> dict[str, float]:
+        passed = max(time.monotonic() - self._began, 1e-9)
+        rates = {
+            "slices_per_s": round(self._slices * self._steps / passed, 2),
+            "data_wait": round(self._waited / passed, 4),
+        }
+        self.restart()
+        return rates
+
+
+def _line(row: dict[str, Any]) -> str:
+    return " ".join(
+        f"{name} {value:.4f}" if isinstance(value, float) else f"{name} {value}"
+        for name, value in row.items()
+    )

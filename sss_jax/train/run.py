@@ -1,0 +1,110 @@
+"""A run folder: what it is a run of, so that a resumed run is the same run."""
+
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from sss_jax import __version__, config
+from sss_jax.atomic import write_json, write_text
+from sss_jax.axes import PyTree
+from sss_jax.data.cases import Split, load_split
+from sss_jax.errors import ConfigError, DataError
+from sss_jax.options import Options
+from sss_jax.train.checkpoint import Checkpointer, check_identity
+
+# These may change between a run and its continuation: they alter no number that is learned.
+_FREE = (
+    "data.cache_bytes",
+    "data.threads",
+    "train.log_every",
+    "train.eval_every",
+    "train.save_every",
+    "train.parallel",
+)
+
+
+def read_split(options: Options, data: Path) -> Split:
+    """Read the run's split and refuse one that the method cannot use.
+
+    Raises:
+        DataError: no labelled case, or no unlabelled case for a semi-supervised method.
+    """
+    train = options.train
+    split = load_split(
+        data,
+        options.data.split,
+        all_labels=train.all_labels,
+        labelled_subjects=train.labelled_subjects,
+    )
+    if not split.labelled:
+        raise DataError(f"{data}: {options.data.split} lists no labelled case")
+    if options.semi.enabled and not split.unlabelled:
+        raise DataError(
+            f"{data}: {options.data.split} lists no unlabelled case, which {options.method} needs; "
+            "add some or train with the method `supervised`"
+        )
+    return split
+
+
+def identity(options: Options, split: Split) -> dict[str, Any]:
+    """Return what must be equal for a run to be continued: the settings and the split."""
+    flat = {"split_digest": split.digest}
+    for group, values in dataclasses.asdict(options).items():
+        if isinstance(values, dict):
+            flat |= {f"{group}.{name}": value for name, value in values.items()}
+        else:
+            flat[group] = values
+    kept = {k: v for k, v in flat.items() if k not in _FREE and not k.startswith("eval.")}
+    return json.loads(json.dumps(kept))
+
+
+def open_folder(workdir: Path, options: Options, split: Split, data: Path, *, fresh: bool) -> None:
+    """Create the run folder, or check that it holds the same run.
+
+    Raises:
+        ConfigError: the folder holds another run, or something that is no run.
+    """
+    known = workdir / "run.json"
+    if fresh:
+        _discard(workdir)
+    now = identity(options, split)
+    if known.is_file():
+        check_identity(json.loads(known.read_text())["identity"], now)
+    elif (workdir / "checkpoints").exists():
+        raise ConfigError(f"{workdir} has checkpoints but no run.json; choose another --workdir")
+    write_text(workdir / "config.json", config.to_json(options))
+    write_json(
+        known,
+        {
+            "identity": now,
+            "data": str(data.resolve()),
+            "split": options.data.split,
+            "split_digest": split.digest,
+            "cases": {name: len(getattr(split, name)) for name in _SUBSETS},
+            "versions": {"sss_jax": __version__, "jax": jax.__version__},
+            "device": jax.devices()[0].device_kind,
+            "devices": jax.device_count(),
+        },
+    )
+
+
+_SUBSETS = ("labelled", "unlabelled", "val", "test")
+
+
+def _discard(workdir: Path) -> None:
+    """Remove what a run writes, and nothing else that a user may keep in the folder."""
+    for name in ("run.json", "config.json", "metrics.jsonl", "report.html"):
+        (workdir / name).unlink(missing_ok=True)
+    for name in ("checkpoints", "test", "tensorboard"):
+        shutil.rmtree(workdir / name, ignore_errors=True)
+
+
+def save(
+    checkpointer: Checkpointer, step: int, state: PyTree, dice: dict[str, float] | None = None
+) -> None:
+    """Start saving the state of `step`; a validation score makes it a candidate for `best`."""
+    checkpointer.save(step, state, meta={"step": step}, metrics=dice)

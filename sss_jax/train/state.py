@@ -1,0 +1,43 @@
+"""The train state: a plain nested dict, so that every tool of JAX can hold it.
+
+    {"params": {"net": ..., "dfe": ...}, "ema": <like net>, "opt_state": ..., "step": int32}
+
+`ema` is the teacher and, by default, what predicts. Random keys are not part of it: the key of
+step t is `fold_in(key(seed), t)`.
+"""
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from sss_jax.axes import Array, Key, PyTree
+from sss_jax.models.sss import SSSModel, init_params
+from sss_jax.options import Options
+from sss_jax.ssl.dfe import init_dfe
+
+
+def init_state(
+    model: SSSModel, options: Options, optimizer: optax.GradientTransformation, key: Key[Array, ""]
+) -> PyTree:
+    """Return the state of step 0, the teacher being a copy of the student."""
+    params = init_all_params(model, options, key)
+    return {
+        "params": params,
+        "ema": jax.tree.map(jnp.copy, params["net"]),
+        "opt_state": optimizer.init(params),
+        "step": jnp.zeros((), jnp.int32),
+    }
+
+
+def init_all_params(model: SSSModel, options: Options, key: Key[Array, ""]) -> PyTree:
+    """Return the parameters of the network and of DFE."""
+    key_net, key_dfe = jax.random.split(key)
+    params = {"net": init_params(model, key_net)}
+    if options.semi.enabled and options.dfe.enabled:
+        params["dfe"] = init_dfe(key_dfe, model.config.width, options.dfe)
+    return params
+
+
+def count_params(tree: PyTree) -> int:
+    """Count the numbers in a tree of arrays."""
+    return sum(leaf.size for leaf in jax.tree.leaves(tree))
