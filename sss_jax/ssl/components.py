@@ -6,74 +6,89 @@ pointers (parent-connect and shortcut, Liu and Tarjan 2019), until nothing chang
 raster index of the first voxel of its component, so that ties are broken by raster order.
 """
 
+import math
+
 import jax.numpy as jnp
 from jax import lax
 
 from sss_jax.axes import Array, Bool, Int
 
 _FAR = jnp.iinfo(jnp.int32).max
+_JUMPS = 2
 
 
-def _shift(array: Array, step: int, axis: int, fill: int) -> Array:
-    """Move an array by `step` places along an axis; vacated places hold `fill`."""
-    size = array.shape[axis]
-    widths = [(0, 0)] * array.ndim
-    widths[axis] = (max(step, 0), max(-step, 0))
-    padded = jnp.pad(array, widths, constant_values=fill)
-    return lax.slice_in_dim(padded, max(-step, 0), max(-step, 0) + size, axis=axis)
-
-
-def _beside(array: Array, axis: int, fill: int = _FAR) -> Array:
-    """Smallest value of the two neighbours along an axis."""
-    return jnp.minimum(_shift(array, 1, axis, fill), _shift(array, -1, axis, fill))
-
-
-def _nearest(label_SHW: Array, axis: int, connectivity: int) -> Array:
-    """Smallest label among the neighbours on the rows (axis 1) or slices (axis 0) beside."""
-    if connectivity == 26:  # the square of diagonal neighbours is separable
-        for inner in range(axis + 1, 3):
-            label_SHW = jnp.minimum(label_SHW, _beside(label_SHW, inner))
-    return _beside(label_SHW, axis)
+def _neighbourhood(label_SHW: Array, axis: int) -> Array:
+    """Smallest label within one place of each voxel, along all axes after `axis`."""
+    for inner in range(axis + 1, 3):
+        window = [3 if i == inner else 1 for i in range(3)]
+        label_SHW = lax.reduce_window(label_SHW, _FAR, lax.min, window, (1, 1, 1), "SAME")
+    return label_SHW
 
 
 def _contract(
     node_SHW: Int[Array, "S H W"], mask_SHW: Bool[Array, "S H W"], axis: int, connectivity: int
 ) -> Int[Array, "S H W"]:
-    """Merge nodes that touch across an axis.
+    """Merge nodes that touch across an axis (0: between slices, 1: between rows).
 
     A pass without a change ends the loop; then every pointer leads straight to a root and the
     ends of every edge share it, which is the definition of the components. Pointers only ever
     fall, so that point is always reached.
-    """
-    node_V = node_SHW.reshape(-1)
 
-    def hook(state: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+    Neighbours are `step` voxels apart in the flat volume: two shifted views of one array, which
+    is several times faster on a CPU than padding.
+    """
+    shape = mask_SHW.shape
+    step = math.prod(shape[axis + 1 :])
+    node_V, mask_V = node_SHW.reshape(-1), mask_SHW.reshape(-1)
+    inside_V = lax.broadcasted_iota(jnp.int32, shape, axis).reshape(-1) < shape[axis] - 1
+    lower_E = mask_V[:-step] & inside_V[:-step]
+    upper_E = mask_V[step:] & inside_V[:-step]
+
+    def hook(parent_V: Array, label_V: Array) -> Array:
+        below_E, above_E = label_V[:-step], label_V[step:]
+        if connectivity == 6:
+            root_E, near_E = jnp.maximum(below_E, above_E), jnp.minimum(below_E, above_E)
+            near_E = jnp.where(lower_E & upper_E, near_E, _FAR)
+            return parent_V.at[root_E].min(near_E, mode="promise_in_bounds")
+        wide_V = jnp.where(mask_V, label_V, _FAR).reshape(shape)
+        wide_V = _neighbourhood(wide_V, axis).reshape(-1)
+        for root_E, near_E, edge_E in (
+            (below_E, wide_V[step:], lower_E),
+            (above_E, wide_V[:-step], upper_E),
+        ):
+            near_E = jnp.where(edge_E, near_E, _FAR)
+            parent_V = parent_V.at[root_E].min(near_E, mode="promise_in_bounds")
+        return parent_V
+
+    def advance(state: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
         parent_V, label_V, _ = state
-        label_SHW = jnp.where(mask_SHW, label_V.reshape(mask_SHW.shape), _FAR)
-        near_SHW = jnp.where(mask_SHW, _nearest(label_SHW, axis, connectivity), _FAR)
-        new_V = parent_V.at[label_V].min(near_SHW.reshape(-1), mode="promise_in_bounds")
-        for _ in range(2):
+        new_V = hook(parent_V, label_V)
+        for _ in range(_JUMPS):
             new_V = new_V.at[new_V].get(mode="promise_in_bounds")
         label_V = new_V.at[node_V].get(mode="promise_in_bounds")
         return new_V, label_V, jnp.any(new_V != parent_V)
 
-    start_V = jnp.arange(node_V.size, dtype=jnp.int32)
-    # The mask decides, not a constant: the flag must vary over devices as the mask does.
-    state = (start_V + 0 * node_V, node_V, jnp.any(mask_SHW))
-    _, label_V, _ = lax.while_loop(lambda state: state[2], hook, state)
-    return label_V.reshape(node_SHW.shape)
+    # Written with the nodes and the mask, so that the state varies over devices as they do.
+    start_V = jnp.arange(node_V.size, dtype=jnp.int32) + 0 * node_V
+    state = (start_V, node_V, jnp.any(lower_E))
+    _, label_V, _ = lax.while_loop(lambda state: state[2], advance, state)
+    return label_V.reshape(shape)
 
 
 def _runs(mask_SHW: Bool[Array, "S H W"]) -> Int[Array, "S H W"]:
     """Label each run of a row with its first voxel's raster index, background with its own."""
-    index_SHW = jnp.arange(mask_SHW.size, dtype=jnp.int32).reshape(mask_SHW.shape)
-    before_SHW = _shift(mask_SHW, 1, 2, 0)
-    node_SHW = jnp.where(mask_SHW & before_SHW, -1, index_SHW)
+    mask_V = mask_SHW.reshape(-1)
+    index_V = jnp.arange(mask_V.size, dtype=jnp.int32)
+    width = mask_SHW.shape[2]
+    before_V = jnp.concatenate([jnp.zeros(1, bool), mask_V[:-1]])
+    goes_on_V = mask_V & before_V & (index_V % width != 0)
+    node_V = jnp.where(goes_on_V, -1, index_V)
     step = 1
-    while step < mask_SHW.shape[2]:
-        node_SHW = jnp.maximum(node_SHW, _shift(node_SHW, step, 2, -1))
+    while step < width:  # a running maximum; a row starts with its own index, so none leaks in
+        earlier_V = jnp.concatenate([jnp.full(step, -1, jnp.int32), node_V[:-step]])
+        node_V = jnp.maximum(node_V, earlier_V)
         step *= 2
-    return node_SHW
+    return node_V.reshape(mask_SHW.shape)
 
 
 def plane_components(mask_SHW: Bool[Array, "S H W"], connectivity: int = 6) -> Int[Array, "S H W"]:
