@@ -3,33 +3,42 @@
 Source: Hiera (Ryali et al. 2023) and SAM 2 (Ravi et al. 2024).
 """
 
+from typing import NamedTuple
+
 import flax.linen as nn
 import jax.numpy as jnp
 
 from sss_jax.axes import Array, Float
 from sss_jax.models import layers, position
+from sss_jax.models.initial import initialiser
 from sss_jax.models.presets import Sam2Config
 
 
-def block_table(config: Sam2Config) -> list[dict[str, int | bool]]:
-    """Width, heads, window and pooling of every block, in order.
+class BlockShape(NamedTuple):
+    """Shape of one block: output width, heads, side of the window (0: all), query pooling."""
+
+    width: int
+    heads: int
+    window: int
+    pool: bool
+
+
+def block_table(config: Sam2Config) -> list[BlockShape]:
+    """Shapes of all blocks, in order.
 
     The first block of stages 2 to 4 doubles the width and pools its queries. Its window is the
     one of the stage before it, which the pooling then halves.
     """
-    table = []
+    table: list[BlockShape] = []
     for stage, depth in enumerate(config.depths):
         for i in range(depth):
             enters = stage > 0 and i == 0
             window = config.windows[stage - 1 if enters else stage]
-            table.append(
-                {
-                    "width": config.embed_dim * 2**stage,
-                    "heads": config.heads * 2**stage,
-                    "window": 0 if len(table) in config.global_blocks else window,
-                    "pool": enters,
-                }
-            )
+            if len(table) in config.global_blocks:
+                window = 0
+            growth = 2**stage
+            shape = BlockShape(config.embed_dim * growth, config.heads * growth, window, enters)
+            table.append(shape)
     return table
 
 
@@ -90,8 +99,8 @@ class PaddedDense(nn.Module):
     def __call__(self, x_BHWC: Float[Array, "B H W C"]) -> Float[Array, "B Hp Wp E"]:
         """Project, pad with zeros, add the bias."""
         shape = (x_BHWC.shape[-1], self.features)
-        kernel = self.param("kernel", nn.initializers.lecun_normal(), shape).astype(self.dtype)
-        bias = self.param("bias", nn.initializers.zeros, shape[1:]).astype(self.dtype)
+        kernel = self.param("kernel", initialiser("kernel"), shape).astype(self.dtype)
+        bias = self.param("bias", initialiser("bias"), shape[1:]).astype(self.dtype)
         y = layers.linear(x_BHWC.astype(self.dtype), kernel)
         if self.window:
             y = layers.pad_to_windows(y, self.window)
@@ -177,15 +186,16 @@ class Hiera(nn.Module):
         block = nn.remat(Block) if c.remat else Block
         outputs = []
         for i, shape in enumerate(block_table(c)):
-            x = block(**shape, mlp_ratio=c.mlp_ratio, dtype=c.compute_dtype, name=f"blocks_{i}")(x)
+            x = block(*shape, c.mlp_ratio, c.compute_dtype, name=f"blocks_{i}")(x)
             if i in ends:
                 outputs.append(x)
         return outputs
 
     def _position(self, height: int, width: int) -> Array:
         c = self.config
-        init = nn.initializers.truncated_normal(0.02)
         side, window = c.pos_table, c.windows[0]
-        table = self.param("pos_embed", init, (1, side, side, c.embed_dim))
-        tile = self.param("pos_embed_window", init, (1, window, window, c.embed_dim))
+        table = self.param("pos_embed", initialiser("pos_embed"), (1, side, side, c.embed_dim))
+        tile = self.param(
+            "pos_embed_window", initialiser("pos_embed_window"), (1, window, window, c.embed_dim)
+        )
         return position.trunk_position(table, tile, height, width)

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from sss_jax.axes import Array, Bool, Float
+from sss_jax.models.initial import initialiser
 
 
 @jax.custom_jvp
@@ -159,10 +160,28 @@ class Dense(nn.Module):
     def __call__(self, x: Float[Array, "... C"]) -> Float[Array, "... E"]:
         """Apply to the last axis."""
         shape = (x.shape[-1], self.features)
-        kernel = self.param("kernel", nn.initializers.lecun_normal(), shape)
-        bias = self.param("bias", nn.initializers.zeros, shape[1:])
+        kernel = self.param("kernel", initialiser("kernel"), shape)
+        bias = self.param("bias", initialiser("bias"), shape[1:])
         x, kernel, bias = (a.astype(self.dtype) for a in (x, kernel, bias))
         return add_bias(linear(x, kernel), bias)
+
+
+class Table(nn.Module):
+    """Learned vectors.
+
+    Attributes:
+        rows: number of vectors.
+        features: their length.
+    """
+
+    rows: int
+    features: int
+
+    @nn.compact
+    def __call__(self) -> Float[Array, "rows D"]:
+        """Return them all, float32."""
+        shape = (self.rows, self.features)
+        return self.param("embedding", initialiser("embedding"), shape)
 
 
 class MLP(nn.Module):
@@ -210,8 +229,8 @@ class Conv(nn.Module):
         """Convolve."""
         side = self.kernel_size
         shape = (side, side, x.shape[-1], self.features)
-        kernel = self.param("kernel", nn.initializers.lecun_normal(), shape)
-        bias = self.param("bias", nn.initializers.zeros, (self.features,))
+        kernel = self.param("kernel", initialiser("kernel"), shape)
+        bias = self.param("bias", initialiser("bias"), (self.features,))
         x, kernel, bias = (a.astype(self.dtype) for a in (x, kernel, bias))
         return add_bias(_convolve(x, kernel, self.stride, self.padding), bias)
 
@@ -243,8 +262,6 @@ class ConvTranspose(nn.Module):
     def __call__(self, x: Float[Array, "... H W C"]) -> Float[Array, "... H2 W2 E"]:
         """Double the resolution."""
         shape = (2, 2, x.shape[-1], self.features)
-        # Taps do not overlap, so the fan-in of an output pixel is C, not 4 C.
-        init = nn.initializers.variance_scaling(4.0, "fan_in", "truncated_normal")
-        kernel = self.param("kernel", init, shape).astype(self.dtype)
-        bias = self.param("bias", nn.initializers.zeros, (self.features,)).astype(self.dtype)
+        kernel = self.param("kernel", initialiser("kernel"), shape).astype(self.dtype)
+        bias = self.param("bias", initialiser("bias"), (self.features,)).astype(self.dtype)
         return add_bias(conv_transpose_2x2(x.astype(self.dtype), kernel), bias)

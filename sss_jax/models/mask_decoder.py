@@ -95,8 +95,7 @@ class MaskDecoder(nn.Module):
         b, k, _, d = prompts.shape
 
         def table(name: str, rows: int) -> Array:
-            init = nn.initializers.normal(1.0)
-            return nn.Embed(rows, d, embedding_init=init, name=name).embedding
+            return layers.Table(rows, d, name=name)()
 
         output = jnp.concatenate(
             [table("obj_score_token", 1), table("iou_token", 1), table("mask_tokens", c.num_masks)]

@@ -2,7 +2,6 @@
 
 import functools
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -69,8 +68,3 @@ def upsample_2x(x_BHWC: Float[Array, "B H W C"]) -> Float[Array, "B H2 W2 C"]:
     b, h, w, c = x_BHWC.shape
     shape = (b, h, 2, w, 2, c)
     return jnp.broadcast_to(x_BHWC[:, :, None, :, None], shape).reshape(b, 2 * h, 2 * w, c)
-
-
-def stop(x: Array) -> Array:
-    """Block the gradient of a constant that lives among the parameters."""
-    return jax.lax.stop_gradient(x)

@@ -99,6 +99,7 @@ _PRESETS: dict[str, dict[str, Any]] = {
         "depths": (1, 1, 3, 2),
         "windows": (8, 8, 8, 4),
         "global_blocks": (3, 4, 5, 6),
+        "mlp_ratio": 2,
         "width": 64,
         "lateral_kernel": 3,
         "top_down_levels": (0, 1, 2, 3),

@@ -4,10 +4,12 @@ Source: SAM (Kirillov et al. 2023) and SAM 2 (Ravi et al. 2024).
 """
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 
 from sss_jax.axes import Array, Bool, Float, Int
 from sss_jax.models import layers, position
+from sss_jax.models.initial import initialiser
 from sss_jax.models.presets import Sam2Config
 
 POINT_KINDS = 4
@@ -39,10 +41,9 @@ class FourierPosition(nn.Module):
     def __call__(self, coords: Float[Array, "... 2"]) -> Float[Array, "... D"]:
         """Encode (x, y) in [0, 1], float32."""
         shape = (2, self.width // 2)
-        gaussian = self.param(
-            "positional_encoding_gaussian_matrix", nn.initializers.normal(1.0), shape
-        )
-        return position.fourier_position(coords, position.stop(gaussian))
+        name = "positional_encoding_gaussian_matrix"
+        gaussian = self.param(name, initialiser(name), shape)
+        return position.fourier_position(coords, jax.lax.stop_gradient(gaussian))
 
 
 class PromptEncoder(nn.Module):
@@ -59,12 +60,9 @@ class PromptEncoder(nn.Module):
         c = self.config
         self.pe_layer = FourierPosition(c.width)
 
-        def table() -> nn.Embed:
-            return nn.Embed(1, c.width, embedding_init=nn.initializers.normal(1.0))
-
-        self.point_embeddings = [table() for _ in range(POINT_KINDS)]
-        self.not_a_point_embed = table()
-        self.no_mask_embed = table()
+        self.point_embeddings = [layers.Table(1, c.width) for _ in range(POINT_KINDS)]
+        self.not_a_point_embed = layers.Table(1, c.width)
+        self.no_mask_embed = layers.Table(1, c.width)
         first, second = c.mask_prompt_channels
         self.mask_downscaling_0 = layers.Conv(first, 2, c.compute_dtype, stride=2)
         self.mask_downscaling_1 = layers.layer_norm(None, c.compute_dtype)
@@ -98,8 +96,8 @@ class PromptEncoder(nn.Module):
         height, width = image_hw
         size = jnp.array([width, height], jnp.float32)[None, None, None]
         where = self.pe_layer((points.astype(jnp.float32) + 0.5) / size)
-        kinds = [e.embedding for e in self.point_embeddings]
-        table = jnp.concatenate([*kinds, self.not_a_point_embed.embedding])
+        kinds = [e() for e in self.point_embeddings]
+        table = jnp.concatenate([*kinds, self.not_a_point_embed()])
         kind = table[jnp.where(labels < 0, POINT_KINDS, labels)]
         tokens = kind + jnp.where((labels < 0)[..., None], 0.0, where)
         return tokens.astype(self.config.compute_dtype), slots
@@ -115,7 +113,7 @@ class PromptEncoder(nn.Module):
 
     def no_mask(self) -> Float[Array, "1 1 1 1 D"]:
         """Dense embedding of "no mask prompt", the same at every position."""
-        embedding = self.no_mask_embed.embedding.astype(self.config.compute_dtype)
+        embedding = self.no_mask_embed().astype(self.config.compute_dtype)
         return embedding[None, None, None]
 
     def dense_position(self, height: int, width: int) -> Float[Array, "H W D"]:

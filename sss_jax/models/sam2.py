@@ -10,6 +10,7 @@ import jax.numpy as jnp
 
 from sss_jax.axes import Array, Float, Int
 from sss_jax.models.image_encoder import Features, ImageEncoder
+from sss_jax.models.initial import initialiser
 from sss_jax.models.mask_decoder import MaskDecoder, MaskOutput
 from sss_jax.models.presets import Sam2Config
 from sss_jax.models.prompt_encoder import PromptEncoder
@@ -30,9 +31,7 @@ class Sam2(nn.Module):
         self.image_encoder = ImageEncoder(c)
         self.sam_prompt_encoder = PromptEncoder(c)
         self.sam_mask_decoder = MaskDecoder(c)
-        self.no_mem_embed = self.param(
-            "no_mem_embed", nn.initializers.truncated_normal(0.02), (1, 1, c.width)
-        )
+        self.no_mem_embed = self.param("no_mem_embed", initialiser("no_mem_embed"), (1, 1, c.width))
 
     def encode_image(self, image_BHWC: Float[Array, "B H W 3"]) -> Features:
         """Encode standardised images, whose sides are multiples of `config.size_multiple`.

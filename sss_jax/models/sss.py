@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from sss_jax.axes import Array, Float, Int, Key, PyTree
 from sss_jax.models.coarse_head import CoarseHead
 from sss_jax.models.image_encoder import Features, normalise_image
+from sss_jax.models.initial import draw_all, initialiser
 from sss_jax.models.presets import Sam2Config, preset
 from sss_jax.models.sam2 import Sam2
 from sss_jax.options import ModelOptions
@@ -81,7 +82,7 @@ class SSSModel(nn.Module):
         """Create the parts."""
         self.sam2 = Sam2(self.config)
         self.coarse_head = CoarseHead(self.config, self.num_classes)
-        init = nn.initializers.normal(self.class_token_std)
+        init = initialiser("class_tokens", self.class_token_std)
         shape = (self.num_classes, self.config.width)
         self.class_tokens = self.param("class_tokens", init, shape)
 
@@ -131,9 +132,11 @@ def build_model(options: ModelOptions) -> SSSModel:
 def init_params(model: SSSModel, key: Key[Array, ""]) -> PyTree:
     """Draw float32 parameters as a plain nested dict.
 
-    They do not depend on the image size, so the smallest image is traced.
+    Their shapes do not depend on the image size, so the smallest image is traced.
     """
     side = model.config.size_multiple
     image = jnp.zeros((1, side, side, 1))
     prompts = no_prompts(1, model.num_classes)
-    return jax.jit(lambda k: model.init(k, image, prompts)["params"])(key)
+    shapes = jax.eval_shape(model.init, key, image, prompts)["params"]
+    std = {"class_tokens": model.class_token_std}
+    return jax.jit(lambda k: draw_all(k, shapes, std))(key)
