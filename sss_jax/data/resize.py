@@ -28,7 +28,7 @@ def resize_matrix(source: int, target: int, before: int = 0, total: int = 0) -> 
     """
     centres = (np.arange(target) + 0.5) * (source / target) - 0.5
     width = max(source / target, 1.0)
-    distance = np.abs(np.arange(source)[None, :] - np.clip(centres, 0, source - 1)[:, None])
+    distance = np.abs(np.arange(source)[None, :] - centres[:, None])
     weights = np.maximum(0.0, 1.0 - distance / width)
     weights /= weights.sum(axis=1, keepdims=True)
     matrix = np.zeros((total or target, source), np.float32)

@@ -84,6 +84,12 @@ def test_reads_the_nnunet_layout(tmp_path, nifti, scene):
         find_cases(root)
 
 
+def test_names_that_merely_start_alike_are_not_taken_for_channels(folder, nifti, scene):
+    root = folder(["scan"])
+    nifti(root / "images/scan12345.nii", scene[0])
+    assert list(find_cases(root)) == ["scan", "scan12345"]
+
+
 def test_numbered_cases_are_not_taken_for_channels(folder, tmp_path):
     assert list(find_cases(folder(["scan_0000", "scan_0001"]))) == ["scan_0000", "scan_0001"]
     bare = folder(["scan_0000", "scan_0001"], labels=False, root=tmp_path / "bare")
@@ -98,7 +104,7 @@ def test_dataset_json_cannot_leave_the_folder(tmp_path, nifti, scene, listed):
     nifti(tmp_path / "secret.nii.gz", scene[0])
     for entry in ({"image": listed}, {"image": "imagesTr/a.nii.gz", "label": listed}):
         root = msd(tmp_path / "data", nifti, scene, {"training": [entry]})
-        with pytest.raises(DataError, match="leads out of the data folder"):
+        with pytest.raises(DataError, match=r"dataset\.json: names the file .*leads out of"):
             find_cases(root)
 
 
@@ -212,7 +218,7 @@ def test_fewer_subjects_need_to_be_known(folder):
 
 def test_the_longest_subject_name_wins(folder):
     split = {"labelled": ["p"], "unlabelled": ["p_1"], "val": ["p_12"]}
-    found = load_split(folder(["p_1_x", "p_12_x", "p-x"], split=split), "split.json")
+    found = load_split(folder(["p_1_x", "p_12_x", "p-x", "px_1"], split=split), "split.json")
     assert names(found.labelled) == ["p-x"]
     assert names(found.unlabelled) == ["p_1_x"]
     assert names(found.val) == ["p_12_x"]

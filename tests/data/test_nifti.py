@@ -44,6 +44,12 @@ def test_large_volumes_are_read_in_pieces(tmp_path, nifti):
     np.testing.assert_array_equal(volume.array, image)
 
 
+@pytest.mark.parametrize("slope", [0.0, np.nan])
+def test_a_slope_of_zero_or_nan_means_no_scaling(tmp_path, nifti, scene, slope):
+    path = nifti(tmp_path / "a.nii", scene[0], slope=slope, inter=5.0)
+    np.testing.assert_array_equal(read_volume(path, LIMIT).array, scene[0])
+
+
 def test_qform_alone_gives_the_affine(tmp_path, nifti, scene):
     for sign in (1.0, -1.0):
         affine = OBLIQUE @ np.diag((1, 1, sign, 1))
@@ -292,6 +298,7 @@ def test_bombs_are_refused_in_little_memory_and_time(tmp_path, nifti, scene):
     assert len(lines) == 9
     assert not [line for line in lines if line.startswith(("READ", "SLOW"))]
     assert "would grow" in lines[2]
+    assert all("bytes cannot hold" in line for line in lines[6:8])
     assert int(lines[-1].split()[1]) < 256 * 1024
 
 
@@ -316,13 +323,15 @@ def test_written_labels_keep_the_grid(tmp_path, nifti, scene, suffix, endian, tw
     assert [p.name for p in tmp_path.iterdir() if p not in (source, target)] == []
 
 
-def test_written_bytes_are_stable_and_labels_beyond_uint8_fit(tmp_path, nifti, scene):
-    like = read_volume(nifti(tmp_path / "in.nii", scene[0]), LIMIT)
+@pytest.mark.parametrize("endian", ["<", ">"])
+def test_written_bytes_are_stable_and_labels_beyond_uint8_fit(tmp_path, nifti, scene, endian):
+    like = read_volume(nifti(tmp_path / "in.nii", scene[0], endian=endian), LIMIT)
     for name in ("a.nii.gz", "b.nii.gz"):
         write_labels(tmp_path / name, scene[1] * 300, like)
     assert (tmp_path / "a.nii.gz").read_bytes() == (tmp_path / "b.nii.gz").read_bytes()
+    assert (tmp_path / "a.nii.gz").read_bytes()[4:8] == bytes(4)  # no time of writing
     back = nib.load(tmp_path / "a.nii.gz")
-    assert back.get_data_dtype() == np.uint16
+    assert back.get_data_dtype() == np.dtype(np.uint16).newbyteorder(endian)
     np.testing.assert_array_equal(np.asarray(back.dataobj), scene[1] * 300)
 
 
