@@ -83,3 +83,16 @@ def folder(tmp_path, nifti):
         return root
 
     return make
+
+
+@pytest.fixture
+def with_header():
+    """Function `with_header(content, **fields)`: a NIfTI-1 file's bytes with other header fields."""
+
+    def change(content, **fields):
+        header = nib.Nifti1Header(content[:348], check=False)
+        for name, value in fields.items():
+            header[name] = value
+        return header.binaryblock + content[348:]
+
+    return change
