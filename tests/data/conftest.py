@@ -87,7 +87,7 @@ def folder(tmp_path, nifti):
 
 @pytest.fixture
 def with_header():
-    """Function `with_header(content, **fields)`: a NIfTI-1 file's bytes with other header fields."""
+    """Function `with_header(content, **fields)`: NIfTI-1 bytes with other header fields."""
 
     def change(content, **fields):
         header = nib.Nifti1Header(content[:348], check=False)
