@@ -4,7 +4,6 @@ The page loads nothing and runs nothing: no script, no outside file. What a run 
 named on the page.
 """
 
-import dataclasses
 import math
 import os
 import statistics
@@ -14,10 +13,10 @@ from typing import Any
 
 from sss_jax.atomic import write_text
 from sss_jax.errors import DataError
-from sss_jax.options import Options
 from sss_jax.report_curves import curves
 from sss_jax.report_data import RunFolder, read_run
 from sss_jax.report_overlay import case_views, view_html
+from sss_jax.report_settings import settings_tables
 from sss_jax.report_style import STYLE
 from sss_jax.report_svg import color, escape, strip_chart
 
@@ -106,8 +105,7 @@ def _lead(folder: RunFolder) -> str:
         count = len(folder.class_names)
         return (
             f"Mean Dice {mean:.3f}{within} over {escape(folder.summary.get('cases', '?'))} test "
-            f"cases and {count} class{'es' if count != 1 else ''}; prompts come from the network, "
-            "never from labels."
+            f"cases and {count} class{'es' if count != 1 else ''}."
         )
     values = [r["dice"] for r in folder.val if isinstance(r.get("dice"), int | float)]
     finite = [v for v in values if math.isfinite(v)]
@@ -143,7 +141,7 @@ def _scores(folder: RunFolder) -> str:
     classes = summary.get("classes", [])
     if not classes:
         return ""
-    unit, tolerance = folder.unit, summary.get("nsd_tolerance", "?")
+    unit, tolerance = folder.unit, f"{summary.get('nsd_tolerance', 0):g}"
     keys = [(m, f"{m}_{unit}" if m in _DISTANCES else m) for m in _TITLES]
     over = summary.get("over_cases", {})
     figures = "".join(
@@ -154,7 +152,8 @@ def _scores(folder: RunFolder) -> str:
         if m != "jaccard"
     )
     head = "".join(f"<th>{_head(m, unit, tolerance)}</th>" for m, _ in keys)
-    rows = "".join(_class_row(row, number, keys) for number, row in enumerate(classes, start=1))
+    named = enumerate(zip(folder.class_names, classes, strict=True), start=1)
+    rows = "".join(_class_row(name, row, number, keys) for number, (name, row) in named)
     total = "".join(
         f"<td>{_value(summary['mean'].get(key), m)} "
         f'<span class="sd">{_plus_minus(over.get(key, {}).get("std"), m)}</span></td>'
@@ -167,14 +166,14 @@ def _scores(folder: RunFolder) -> str:
         "</tbody></table></div>"
     )
     about = (
-        f"{escape(summary.get('cases', '?'))} cases that were used neither for training nor for "
-        "choosing the checkpoint. Mean ± standard deviation over cases."
+        f"{escape(summary.get('cases', '?'))} test cases, each volume scored whole. "
+        "Mean ± standard deviation over cases."
     )
     body = f'<ul class="figures">{figures}</ul>{table}{_strips(folder)}{_conventions(summary)}'
     return _section("Test scores", about, body)
 
 
-def _class_row(row: dict[str, Any], number: int, keys: Iterable[tuple[str, str]]) -> str:
+def _class_row(name: str, row: dict[str, Any], number: int, keys: Iterable[tuple[str, str]]) -> str:
     cells = "".join(
         f"<td>{_value(row.get(key, {}).get('mean'), m)} "
         f'<span class="sd">{_plus_minus(row.get(key, {}).get("std"), m)}</span></td>'
@@ -185,7 +184,7 @@ def _class_row(row: dict[str, Any], number: int, keys: Iterable[tuple[str, str]]
         f"{escape(row.get(name, ''))}</td>"
         for name in ("counted", "missed", "spurious")
     )
-    return f"<tr><td>{_key(number)}{escape(row.get('name', number))}</td>{cells}{counts}</tr>"
+    return f"<tr><td>{_key(number)}{escape(name)}</td>{cells}{counts}</tr>"
 
 
 def _key(number: int) -> str:
@@ -292,8 +291,8 @@ def _cases(folder: RunFolder) -> str:
     )
     about = (
         f"{len(cards)} of {len(ranked)} test cases, the worst mean Dice first. Slices are cropped "
-        "to the labelled region and shown in true proportions; letters name the patient's side "
-        "(R right, A front, S head) where the file knows it."
+        "to the labelled region, in the proportions of the voxel size; letters name the patient's "
+        "side (R right, A front, S head) where the file knows it."
     )
     return _section("Cases", about, f'<ul class="classes">{keys}</ul>{"".join(cards)}')
 
@@ -302,9 +301,7 @@ def _card(
     folder: RunFolder, number: int, case: str, mean: float, rows: list[dict[str, str]]
 ) -> str:
     names = folder.class_names
-    scores = " · ".join(
-        f"{escape(row.get('name', row['class']))} {_case_score(row)}" for row in rows
-    )
+    scores = " · ".join(f"{escape(_named(names, row))} {_case_score(row)}" for row in rows)
     lead = f"mean Dice {mean:.3f}" if math.isfinite(mean) else "no class to score"
     try:
         if case not in folder.cases or case not in folder.predictions:
@@ -322,6 +319,11 @@ def _card(
         f'<article class="case"><header><h3>{number}. {escape(case)}</h3><span>{lead}</span>'
         f"<span>{scores}</span></header>{body}</article>"
     )
+
+
+def _named(names: list[str], row: dict[str, str]) -> str:
+    by_number = {str(k): name for k, name in enumerate(names, start=1)}
+    return by_number.get(row["class"], row["class"])
 
 
 def _case_score(row: dict[str, str]) -> str:
@@ -370,30 +372,5 @@ def _table_of_cases(folder: RunFolder) -> str:
 
 
 def _settings(folder: RunFolder) -> str:
-    """Every setting by group; those that differ from the default stand out and are counted."""
-    defaults = dataclasses.asdict(Options())
-    blocks = []
-    single = {k: v for k, v in folder.config.items() if not isinstance(v, dict)}
-    groups = {k: v for k, v in folder.config.items() if isinstance(v, dict)}
-    if single:
-        groups = {"general": single, **groups}
-    for group, values in groups.items():
-        usual = defaults if group == "general" else defaults.get(group, {})
-        rows, changed = [], 0
-        for name, value in values.items():
-            differs = name not in usual or usual[name] != value
-            changed += differs
-            before = escape(usual[name]) if differs and name in usual else ""
-            rows.append(
-                f"<tr{' class=changed' if differs else ''}><td>{escape(name)}</td>"
-                f'<td class="text">{escape(value)}</td><td class="text">{before}</td></tr>'
-            )
-        count = f"{changed} changed" if changed else "defaults"
-        blocks.append(
-            f"<details><summary>{escape(group)}<small>{count}</small></summary>"
-            '<div class="scroll"><table><thead><tr><th>Setting</th><th class="text">Value</th>'
-            f'<th class="text">Default</th></tr></thead><tbody>{"".join(rows)}</tbody></table>'
-            "</div></details>"
-        )
     about = "As stored in config.json. Bold: differs from the default, which is given beside it."
-    return _section("Settings", about, "".join(blocks))
+    return _section("Settings", about, settings_tables(folder.config))

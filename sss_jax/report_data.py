@@ -7,8 +7,8 @@ import math
 from pathlib import Path
 from typing import Any
 
-from sss_jax.data.cases import Case, find_cases
 from sss_jax.data.faults import shown
+from sss_jax.data.folders import Case, find_cases, read_json
 from sss_jax.data.nifti import is_nifti, stem
 from sss_jax.errors import DataError
 from sss_jax.evaluate import plain_cell
@@ -30,6 +30,7 @@ class RunFolder:
         scores: rows of test/metrics.csv.
         predictions: test predictions by case name, as metrics.csv writes it.
         cases: cases of the data folder by the same names.
+        class_names: names of the classes 1..K.
         notes: what is missing or could not be read, one sentence each.
     """
 
@@ -42,16 +43,8 @@ class RunFolder:
     scores: list[dict[str, str]] = dataclasses.field(default_factory=list)
     predictions: dict[str, Path] = dataclasses.field(default_factory=dict)
     cases: dict[str, Case] = dataclasses.field(default_factory=dict)
+    class_names: list[str] = dataclasses.field(default_factory=list)
     notes: list[str] = dataclasses.field(default_factory=list)
-
-    @property
-    def class_names(self) -> list[str]:
-        """Names of the classes 1..K, from the test summary or else the settings."""
-        classes = self.summary.get("classes", [])
-        if classes:
-            return [str(row.get("name", "")) for row in classes]
-        count = self.config.get("model", {}).get("num_classes", 0)
-        return [f"class {k}" for k in range(1, int(count) + 1)]
 
     @property
     def unit(self) -> str:
@@ -72,7 +65,9 @@ def read_run(workdir: Path) -> RunFolder:
     folder.run = _json(folder, "run.json", "versions, device and data")
     _read_log(folder)
     folder.summary = _json(folder, "test/summary.json", "the test scores")
+    _drop_malformed(folder)
     _read_scores(folder)
+    folder.class_names = _class_names(folder)
     test = workdir / "test"
     paths = sorted(p for p in test.iterdir() if is_nifti(p)) if test.is_dir() else []
     folder.predictions = {plain_cell(stem(p)): p for p in paths}
@@ -97,6 +92,39 @@ def _json(folder: RunFolder, name: str, what: str) -> dict[str, Any]:
         folder.notes.append(f"{name} is no JSON object, so {what} are not shown.")
         return {}
     return content
+
+
+def _drop_malformed(folder: RunFolder) -> None:
+    """Leave out what has not the form that this package writes."""
+    for group in ("model", "train", "data"):
+        if not isinstance(folder.config.get(group, {}), dict):
+            folder.notes.append("config.json is not a settings file of this package.")
+            folder.config = {}
+    summary = folder.summary
+    classes = summary.get("classes")
+    tables: list[Any] = classes if isinstance(classes, list) else [None]
+    tables = [summary.get("mean"), summary.get("over_cases"), *tables]
+    if summary and not all(isinstance(table, dict) for table in tables):
+        folder.notes.append("test/summary.json is not of this package; it is not shown.")
+        folder.summary = {}
+
+
+def _class_names(folder: RunFolder) -> list[str]:
+    """Return the names of the test summary or, where it has none, of the split file."""
+    classes = folder.summary.get("classes", [])
+    count = len(classes) or int(folder.config.get("model", {}).get("num_classes", 0))
+    usual = [f"class {k}" for k in range(1, count + 1)]
+    names = [str(row.get("name", "")) for row in classes] or usual
+    data, split = folder.run.get("data"), folder.run.get("split")
+    if names != usual or not (isinstance(data, str) and isinstance(split, str)):
+        return names
+    try:
+        given = read_json(Path(data) / split).get("class_names")
+    except DataError:
+        return names
+    if not isinstance(given, list) or len(given) != count:
+        return names
+    return [str(name) for name in given]
 
 
 def _read_log(folder: RunFolder) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from sss_jax.data.cases import Case
+from sss_jax.data.folders import Case
 from sss_jax.data.geometry import make_frame, turn
 from sss_jax.data.nifti import read_labels, read_volume
 from sss_jax.errors import DataError
@@ -81,6 +81,7 @@ def _choose(truth: NDArray[np.uint8], guess: NDArray[np.uint8]) -> list[tuple[in
     first = (worst, f"most disagreement ({wrong[worst]:,} pixels)")
     if worst != fullest:
         return [first, (fullest, f"largest object ({wrong[fullest]:,} pixels disagree)")]
+    first = (worst, f"most disagreement ({wrong[worst]:,} pixels) and largest object")
     wrong[worst] = -1
     second = int(np.argmax(wrong))
     if wrong[second] <= 0:

@@ -51,7 +51,8 @@ table{border-collapse:collapse;font-size:14px;width:100%}
 th,td{padding:6px 12px 6px 0;
 text-align:right;white-space:nowrap;border-bottom:1px solid var(--line)}
 th{font-weight:500;color:var(--soft);font-size:12.5px;vertical-align:bottom}
-th:first-child,td:first-child{text-align:left;white-space:normal;overflow-wrap:anywhere}
+th:first-child,td:first-child{text-align:left;white-space:normal;overflow-wrap:break-word;
+min-width:9em;max-width:26em}
 thead tr:last-child th{border-bottom:1px solid var(--soft)}
 th.group{text-align:center;border-bottom:1px solid var(--line)}
 tr.total td{border-top:1px solid var(--soft);font-weight:600}

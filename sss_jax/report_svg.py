@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from sss_jax.data.faults import shown
 
 WIDTH, HEIGHT = 520, 250
-_LEFT, _RIGHT, _TOP, _BOTTOM = 58, 22, 12, 40
+_LEFT, _RIGHT, _TOP, _BOTTOM = 64, 22, 12, 40
 _MOST_POINTS = 240
 _PITCH, _STRIP_LEFT, _STRIP_RIGHT = 46, 130, 22
 PALETTE = 7
