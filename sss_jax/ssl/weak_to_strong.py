@@ -21,14 +21,12 @@ from sss_jax import losses
 from sss_jax.axes import Array, Bool, Float, Int, Key, PyTree
 from sss_jax.models.sss import SegmentOutput, SSSModel
 from sss_jax.options import Options
-from sss_jax.ssl import dfe, dropout
-from sss_jax.ssl.labelled_prompts import draw_prompts
+from sss_jax.ssl import dfe, dropout, labelled_prompts
 from sss_jax.ssl.network import Features, Network
 from sss_jax.ssl.pcsw import volume_prompts
 from sss_jax.ssl.prompts import Prompts, clips_to_images, images_to_clips, no_prompts
 from sss_jax.ssl.views import (
     LabelledView,
-    StrongView,
     UnlabelledViews,
     labelled_view,
     mix,
@@ -91,16 +89,15 @@ def sss_loss(
     sizes = [image.shape[0] * image.shape[1] for image in images]
     encoded = student.encode(_join([clips_to_images(image) for image in images]))
     features, *strong = _cut(encoded, sizes)
-    prompts = [_labelled_prompts(key_prompts, student, features, labelled, batch, options)]
     enhanced: list[Features] = []
     similarity: Aux = {}
+    volumes: list[Array] = []
     if options.semi.enabled:
-        ids, mask = batch["unlabelled"]["id"], batch["unlabelled"]["slice_mask"]
-        for view, own in zip(views.strong, strong, strict=True):
-            prompts.append(_view_prompts(student, view, own, pseudo, mask, options, axis))
-        dropped = _drop(key_dropout, strong, ids, options, axis)
+        dropped = _drop(key_dropout, strong, batch["unlabelled"]["id"], options, axis)
         enhanced, similarity = _enhance(params, pseudo, dropped, views, options, axis)
-    outputs = _cut(student.segment(_join([features, *enhanced]), _join(prompts)), sizes)
+        volumes = _view_volumes(student, strong, views, pseudo, options, axis)
+    prompts = _prompts(key_prompts, student, features, labelled, volumes, batch, options)
+    outputs = _cut(student.segment(_join([features, *enhanced]), prompts), sizes)
 
     loss, aux = _labelled_loss(student, features, outputs[0], labelled, options, axis)
     if options.semi.enabled:
@@ -148,41 +145,49 @@ def _search(
     return prompts, found.valid_S.any(axis=-1).astype(jnp.float32).mean()
 
 
-def _labelled_prompts(
+def _prompts(
     key: Array,
     student: Network,
     features: Features,
-    view: LabelledView,
+    labelled: LabelledView,
+    view_volumes: list[Array],
     batch: Batch,
     options: Options,
 ) -> Prompts:
-    clips = batch["labelled"]
-    coarse = images_to_clips(student.coarse_foreground(features), view.label_BSHW.shape[1])
-    return draw_prompts(key, view.label_BSHW, coarse, clips["slice_mask"], clips["id"], options)
+    """Make the prompts of the labelled images and of all strong views: one search for all."""
+    ids, mask = batch["labelled"]["id"], batch["labelled"]["slice_mask"]
+    slices, size = labelled.label_BSHW.shape[1:3]
+    coarse = images_to_clips(student.coarse_foreground(features), slices)
+    own = labelled_prompts.volumes_to_search(labelled.label_BSHW, coarse, options)
+    masks = [mask] * len(own)
+    if view_volumes:
+        masks += [batch["unlabelled"]["slice_mask"]] * len(view_volumes)
+    found: list[Prompts] = []
+    if masks:
+        together, _ = _search(_join([*own, *view_volumes]), _join(masks), size, options)
+        found = _cut(together, [m.shape[0] * slices for m in masks])
+    classes = coarse.shape[-1]
+    first = labelled_prompts.choose(key, found[: len(own)], ids, slices, classes, options)
+    return _join([first, *found[len(own) :]])
 
 
-def _view_prompts(
+def _view_volumes(
     student: Network,
-    view: StrongView,
-    features: Features,
+    strong: list[Features],
+    views: UnlabelledViews,
     pseudo: PseudoLabels,
-    slice_mask_BS: Array,
     options: Options,
     axis: str | None,
-) -> Prompts:
-    """Prompts of one strong view: from the weak pseudo-masks (sketch) or its own (figure).
+) -> list[Array]:
+    """Masks that prompt the strong views: the weak pseudo-masks (sketch) or their own (figure).
 
     With CutMix the weak masks are pasted before the search, so that a prompt never points at
     something the view no longer shows.
     """
-    slices, size = slice_mask_BS.shape[1], view.image_BSHWC.shape[2]
     if options.pcsw.source == "per_view":
-        coarse = images_to_clips(student.coarse_foreground(features), slices)
-    elif options.strong.cutmix > 0:
-        coarse = mix(view.box_B4, pseudo.coarse_BSHWK, axis)
-    else:
-        return pseudo.prompts
-    return _search(coarse, slice_mask_BS, size, options)[0]
+        slices = views.valid_BSHW.shape[1]
+        return [images_to_clips(student.coarse_foreground(f), slices) for f in strong]
+    return [mix(view.box_B4, pseudo.coarse_BSHWK, axis) for view in views.strong]
 
 
 def _drop(

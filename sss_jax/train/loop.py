@@ -121,7 +121,7 @@ class _Run:
                 batch = driver.place_batch(next(batches))
             with jax.transfer_guard("disallow"):
                 state, metrics = driver.step(state, batch, key)
-            self.guard.watch(step, metrics["finite"])
+            self.guard.watch(step, metrics["finite"], metrics)
             done = step + 1
             if done % self.options.train.log_every == 0 or done == self.options.train.steps:
                 self._log(done, metrics, meter, progress)

@@ -19,11 +19,14 @@ from sss_jax.train.checkpoint import Checkpointer, check_identity
 # These may change between a run and its continuation: they alter no number that is learned.
 _FREE = (
     "data.cache_bytes",
+    "data.max_voxels",
     "data.threads",
+    "model.remat",
     "train.log_every",
     "train.eval_every",
     "train.save_every",
     "train.parallel",
+    "train.nonfinite_limit",
 )
 
 
@@ -66,7 +69,8 @@ def open_folder(workdir: Path, options: Options, split: Split, data: Path, *, fr
     """Create the run folder, or check that it holds the same run.
 
     Raises:
-        ConfigError: the folder holds another run, or something that is no run.
+        CheckpointError: the folder holds another run.
+        ConfigError: the folder has checkpoints of an unknown run.
     """
     known = workdir / "run.json"
     if fresh:

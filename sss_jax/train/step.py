@@ -57,7 +57,7 @@ def make_train_step(
         new_state = apply_if_finite(finite, proposed, current) | {"step": step + 1}
         metrics = aux | {
             "loss": loss,
-            "grad_norm": optax.global_norm(grads),
+            "grad_norm": optax.tree.norm(grads),
             "finite": finite,
         }
         return new_state, metrics

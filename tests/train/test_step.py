@@ -1,0 +1,157 @@
+"""The step: one function under jit, over a mesh of eight devices and under pmap."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from sss_jax.errors import ConfigError
+from sss_jax.train.mesh import make_driver
+from sss_jax.train.optimizer import make_optimizer
+from sss_jax.train.state import count_params, init_state
+from sss_jax.train.step import make_train_step, root_key
+
+
+def with_train(options, **changes):
+    return dataclasses.replace(options, train=dataclasses.replace(options.train, **changes))
+
+
+@pytest.fixture(scope="module")
+def start(micro):
+    model, options, batch = micro
+    shapes = jax.eval_shape(lambda k: init_state(model, options, _sgd(), k), root_key(0))
+    optimizer = make_optimizer(options.optimizer, options.train.steps, shapes["params"])
+    state = jax.jit(lambda k: init_state(model, options, optimizer, k))(root_key(0))
+    return model, options, batch, optimizer, jax.device_get(state)
+
+
+def _sgd():
+    import optax
+
+    return optax.sgd(0.1)
+
+
+def run(driver, state, batch, steps):
+    state = driver.place_state(jax.tree.map(jnp.asarray, state))
+    key = driver.place_key(root_key(3))
+    metrics = {}
+    for _ in range(steps):
+        state, metrics = driver.step(state, driver.place_batch(batch), key)
+    return jax.device_get(driver.fetch(state)), jax.device_get(metrics)
+
+
+@pytest.fixture(scope="module")
+def results(start):
+    """State and metrics after two steps, by driver."""
+    model, options, batch, optimizer, state = start
+    one = jax.devices()[:1]
+    pmap = with_train(options, parallel="pmap")
+    drivers = {
+        "one": make_driver(model, options, optimizer, one),
+        "mesh": make_driver(model, options, optimizer),
+        "pmap": make_driver(model, pmap, optimizer),
+    }
+    found = {name: run(driver, state, batch, 2) for name, driver in drivers.items()}
+    return found, drivers
+
+
+@pytest.mark.parametrize("name", ["mesh", "pmap"])
+def test_eight_devices_take_the_step_of_one(results, name):
+    (state, metrics), (expected, expected_metrics) = results[0][name], results[0]["one"]
+    for term, value in expected_metrics.items():
+        np.testing.assert_allclose(metrics[term], value, rtol=1e-4, atol=1e-5, err_msg=term)
+    # Adam divides by the gradient's own size, so rounding of a tiny gradient is amplified: the
+    # first moments are compared tightly, the parameters by how far they moved (rate 1e-3).
+    for path, value in jax.tree_util.tree_leaves_with_path(expected["opt_state"]):
+        other = _at(state["opt_state"], path)
+        scale = np.abs(value).max() + 1e-6
+        np.testing.assert_allclose(other, value, atol=2e-4 * scale, err_msg=str(path))
+    moved = jax.tree.map(lambda a, b: np.abs(a - b).max(), state["params"], expected["params"])
+    assert max(jax.tree.leaves(moved)) < 2e-4
+
+
+def _at(tree, path):
+    for key in path:
+        if isinstance(key, jax.tree_util.GetAttrKey):
+            tree = getattr(tree, key.name)
+        else:
+            tree = tree[key.key if hasattr(key, "key") else key.idx]
+    return tree
+
+
+def test_one_compilation_per_driver(results):
+    assert results[1]["one"].step._cache_size() == 1
+    assert results[1]["mesh"].step._cache_size() == 1
+
+
+def test_the_state_is_donated(start, results):
+    driver = results[1]["one"]
+    state = driver.place_state(jax.tree.map(jnp.asarray, start[4]))
+    driver.step(state, driver.place_batch(start[2]), driver.place_key(root_key(3)))
+    assert all(leaf.is_deleted() for leaf in jax.tree.leaves(state["params"]))
+
+
+def test_the_step_moves_every_trained_parameter(start, results):
+    before, after = start[4]["params"], results[0]["one"][0]["params"]
+    still = {
+        jax.tree_util.keystr(path)
+        for path, leaf in jax.tree_util.tree_leaves_with_path(before)
+        if np.array_equal(leaf, _at(after, path))
+    }
+    unused = ("gaussian", "mask_downscaling", "no_mask", "no_mem_embed", "multimask")
+    unexpected = {name for name in still if not any(part in name for part in unused)}
+    # The three multi-mask hypernetworks and click labels 0 take no part in this loss.
+    allowed = ("output_hypernetworks_mlps_1", "output_hypernetworks_mlps_2")
+    allowed += ("output_hypernetworks_mlps_3", "point_embeddings_0", "not_a_point")
+    assert not {name for name in unexpected if not any(part in name for part in allowed)}
+
+
+def test_teacher_follows_the_student(start, results):
+    before, state = start[4], results[0]["one"][0]
+    # After step 0 the teacher is the student (a_0 = 0), after step 1 the mean of both (a_1 = 1/2).
+    net, ema = state["params"]["net"], state["ema"]
+    token = np.abs(ema["class_tokens"] - net["class_tokens"]).max()
+    assert 0 < token < np.abs(before["ema"]["class_tokens"] - net["class_tokens"]).max()
+    assert count_params(ema) == count_params(net)
+
+
+def test_a_nan_leaves_the_parameters_alone(start, results):
+    driver = results[1]["one"]
+    batch = {name: dict(part) for name, part in start[2].items()}
+    batch["labelled"]["image"] = np.full_like(batch["labelled"]["image"], np.nan)
+    state, metrics = run(driver, start[4], batch, 1)
+    assert not metrics["finite"]
+    assert state["step"] == 1
+    for name in ("params", "ema", "opt_state"):
+        same = jax.tree.map(np.array_equal, state[name], start[4][name])
+        assert all(jax.tree.leaves(same)), name
+
+
+def test_same_key_same_bits(start, results):
+    again = run(results[1]["one"], start[4], start[2], 2)[0]
+    same = jax.tree.map(np.array_equal, again, results[0]["one"][0])
+    assert all(jax.tree.leaves(same))
+
+
+def test_a_batch_that_devices_cannot_share_is_refused(start):
+    model, options, _, optimizer, _ = start
+    with pytest.raises(ConfigError, match="train.labelled_batch=6"):
+        make_driver(model, with_train(options, labelled_batch=6), optimizer)
+
+
+@pytest.mark.parametrize("method", ["supervised", "fixmatch", "unimatch_v2"])
+def test_other_methods_trace(micro, method):
+    from sss_jax import config
+
+    model, micro_options, batch = micro
+    options = dataclasses.replace(
+        config.load(f"demo:{method}"), model=micro_options.model, train=micro_options.train
+    )
+    optimizer = _sgd()
+    state = jax.eval_shape(lambda k: init_state(model, options, optimizer, k), root_key(0))
+    step = make_train_step(model, options, optimizer)
+    out, metrics = jax.eval_shape(step, state, batch, root_key(0))
+    assert ("loss_unlabelled" in metrics) == (method != "supervised")
+    assert jax.tree.structure(out) == jax.tree.structure(state)
