@@ -234,6 +234,10 @@ def _contradictions(options: Options) -> list[tuple[bool, str]]:
             "semi.dropout needs semi.views=2: the two masks complement each other",
         ),
         (
+            options.dfe.enabled and options.dfe.enhance_weak,
+            "dfe.enhance_weak=true is not available in training yet",
+        ),
+        (
             options.semi.labelled_prompts == "pcsw" and not options.pcsw.enabled,
             "semi.labelled_prompts=pcsw needs pcsw.enabled=true",
         ),

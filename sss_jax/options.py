@@ -74,7 +74,7 @@ class DataOptions:
 
 @dataclasses.dataclass(frozen=True)
 class WeakOptions:
-    """Geometric augmentation, equal for every slice of a clip (method section 7)."""
+    """Geometric augmentation, equal for every slice of a clip (UniMatch V2's medical recipe)."""
 
     rot90_flip: float = option(0.5, "probability of rot90 + flip, else rotation", low=0, high=1)
     rotate: float = option(0.5, "probability of a rotation otherwise", low=0, high=1)
@@ -86,7 +86,7 @@ class WeakOptions:
 
 @dataclasses.dataclass(frozen=True)
 class StrongOptions:
-    """Photometric augmentation and CutMix (method section 7)."""
+    """Photometric augmentation and CutMix (UniMatch V2)."""
 
     jitter: float = option(0.8, "probability of brightness and contrast jitter", low=0, high=1)
     brightness: float = option(0.5, "largest relative change of brightness", low=0, high=1)
@@ -103,7 +103,7 @@ class StrongOptions:
 
 @dataclasses.dataclass(frozen=True)
 class PCSWOptions:
-    """Prompt generator with physical constraints and a sliding window (method section 3)."""
+    """Prompt generator with physical constraints and a sliding window (SSS, PCSW)."""
 
     enabled: bool = option(True, "make prompts from pseudo-masks; false: class tokens alone")
     threshold: float = option(0.5, "probability above which a pixel is foreground", low=0, high=1)
@@ -120,7 +120,7 @@ class PCSWOptions:
 
 @dataclasses.dataclass(frozen=True)
 class DFEOptions:
-    """Discriminative feature enhancement (method section 2)."""
+    """Discriminative feature enhancement (SSS, DFE)."""
 
     enabled: bool = option(True, "use DFE")
     pair: str = option(
@@ -137,7 +137,7 @@ class DFEOptions:
 
 @dataclasses.dataclass(frozen=True)
 class SemiOptions:
-    """Weak-to-strong consistency (method sections 1, 4, 5, 6)."""
+    """Weak-to-strong consistency (UniMatch V2; SSS, figure 2)."""
 
     enabled: bool = option(True, "learn from unlabelled images; false: labelled ones alone")
     views: int = option(2, "strong views", choices=(1, 2))
@@ -153,14 +153,14 @@ class SemiOptions:
     labelled_prompts: str = option(
         "mixed",
         "prompts of the labelled branch",
-        choices=("mixed", "gt_mask", "gt_box", "pcsw", "none"),
+        choices=("mixed", "gt_box", "pcsw", "none"),
     )
     box_jitter: float = option(0.1, "spread of ground-truth boxes, share of their side", low=0)
 
 
 @dataclasses.dataclass(frozen=True)
 class LossOptions:
-    """Weights of the supervised losses (method section 5)."""
+    """Weights of the supervised losses."""
 
     cross_entropy: float = option(1.0, "weight of the cross-entropy", low=0)
     dice: float = option(1.0, "weight of the soft Dice loss", low=0)
@@ -172,7 +172,7 @@ class LossOptions:
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerOptions:
-    """AdamW (method section 5)."""
+    """AdamW."""
 
     rate: float = option(2e-4, "learning rate of decoder and new parts", low=0)
     encoder_rate: float = option(5e-6, "learning rate of the image encoder", low=0)
@@ -207,7 +207,7 @@ class TrainOptions:
 
 @dataclasses.dataclass(frozen=True)
 class EvalOptions:
-    """Prediction and metrics (method section 9)."""
+    """Prediction and metrics."""
 
     weights: str = option("ema", "parameters that predict", choices=("ema", "student"))
     slice_bucket: int = option(16, "volumes are padded to a multiple of this many slices", low=1)

@@ -132,3 +132,10 @@ def test_every_option_is_documented() -> None:
         if dataclasses.is_dataclass(group.type):
             for field in dataclasses.fields(group.type):
                 assert len(field.metadata["doc"]) > 5, f"{group.name}.{field.name}"
+
+
+def test_the_settings_page_is_up_to_date() -> None:
+    from sss_jax.benchmarks.settings_page import PAGE, render
+
+    page = Path(__file__).parents[1] / PAGE
+    assert page.read_text() == render(), "run python -m sss_jax.benchmarks.settings_page"
