@@ -130,7 +130,7 @@ class Block(nn.Module):
     def __call__(self, x_BHWC: Float[Array, "B H W C"]) -> Float[Array, "B h w E"]:
         """Attend, then transform every token."""
         shortcut = x_BHWC
-        x = layers.layer_norm("norm1", self.dtype)(x_BHWC)
+        x = layers.LayerNorm(self.dtype, name="norm1")(x_BHWC)
         if shortcut.shape[-1] != self.width:
             # A stage's first block projects the *normalised* tokens, unlike a plain residual.
             shortcut = layers.Dense(self.width, self.dtype, name="proj")(x)
@@ -139,7 +139,7 @@ class Block(nn.Module):
             self.width, self.heads, self.window, self.pool, self.dtype, name="attn"
         )
         x = shortcut + attend(x)
-        y = layers.layer_norm("norm2", self.dtype)(x)
+        y = layers.LayerNorm(self.dtype, name="norm2")(x)
         hidden = (self.mlp_ratio * self.width, self.width)
         return x + layers.MLP(hidden, layers.gelu, self.dtype, name="mlp")(y)
 

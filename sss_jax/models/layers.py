@@ -140,9 +140,31 @@ def add_bias(x: Float[Array, "... C"], bias: Float[Array, " C"]) -> Float[Array,
     return x + bias.reshape((1,) * (x.ndim - 1) + bias.shape)
 
 
-def layer_norm(name: str | None, dtype: jnp.dtype, epsilon: float = 1e-6) -> nn.LayerNorm:
-    """Layer normalisation over channels; the two-pass variance does not cancel in float32."""
-    return nn.LayerNorm(epsilon=epsilon, use_fast_variance=False, dtype=dtype, name=name)
+class LayerNorm(nn.Module):
+    """Normalisation over channels, with float32 statistics.
+
+    The variance is computed in two passes: the difference of moments cancels in float32. Linen's
+    own layer does not run in bfloat16 where types must be promoted explicitly.
+
+    Attributes:
+        dtype: computation type.
+        epsilon: added to the variance.
+    """
+
+    dtype: jnp.dtype
+    epsilon: float = 1e-6
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "... C"]) -> Float[Array, "... C"]:
+        """Normalise the last axis, scale and shift it."""
+        width = x.shape[-1:]
+        scale = self.param("scale", initialiser("scale"), width)
+        bias = self.param("bias", initialiser("bias"), width)
+        x = x.astype(jnp.float32)
+        x = x - x.mean(axis=-1, keepdims=True)
+        inverse = jax.lax.rsqrt(jnp.square(x).mean(axis=-1, keepdims=True) + self.epsilon)
+        shape = (1,) * (x.ndim - 1) + width
+        return (x * inverse * scale.reshape(shape) + bias.reshape(shape)).astype(self.dtype)
 
 
 class Dense(nn.Module):

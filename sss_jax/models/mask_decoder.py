@@ -111,7 +111,7 @@ class MaskDecoder(nn.Module):
         skip_mid = layers.Conv(first, 1, dtype, name="conv_s1")(mid)
         skip_fine = layers.Conv(second, 1, dtype, name="conv_s0")(fine)
         x = layers.ConvTranspose(first, dtype, name="output_upscaling_0")(keys)
-        x = layers.layer_norm("output_upscaling_1", dtype)(x + skip_mid[:, None])
+        x = layers.LayerNorm(dtype, name="output_upscaling_1")(x + skip_mid[:, None])
         x = layers.ConvTranspose(second, dtype, name="output_upscaling_3")(layers.gelu(x))
         return layers.gelu(x + skip_fine[:, None])
 

@@ -65,9 +65,9 @@ class PromptEncoder(nn.Module):
         self.no_mask_embed = layers.Table(1, c.width)
         first, second = c.mask_prompt_channels
         self.mask_downscaling_0 = layers.Conv(first, 2, c.compute_dtype, stride=2)
-        self.mask_downscaling_1 = layers.layer_norm(None, c.compute_dtype)
+        self.mask_downscaling_1 = layers.LayerNorm(c.compute_dtype)
         self.mask_downscaling_3 = layers.Conv(second, 2, c.compute_dtype, stride=2)
-        self.mask_downscaling_4 = layers.layer_norm(None, c.compute_dtype)
+        self.mask_downscaling_4 = layers.LayerNorm(c.compute_dtype)
         self.mask_downscaling_6 = layers.Conv(c.width, 1, c.compute_dtype)
 
     def points(

@@ -84,17 +84,17 @@ class TwoWayLayer(nn.Module):
         else:
             placed = tokens + token_pe
             tokens = tokens + self_attention(placed, placed, tokens, valid)
-        tokens = layers.layer_norm("norm1", dtype, EPSILON)(tokens)
+        tokens = layers.LayerNorm(dtype, EPSILON, name="norm1")(tokens)
 
         placed_keys = keys + key_pe
         look = attend("cross_attn_token_to_image")(tokens + token_pe, placed_keys, keys)
-        tokens = layers.layer_norm("norm2", dtype, EPSILON)(tokens + look)
+        tokens = layers.LayerNorm(dtype, EPSILON, name="norm2")(tokens + look)
 
         mlp = layers.MLP((c.decoder_mlp, c.width), jax.nn.relu, dtype, name="mlp")
-        tokens = layers.layer_norm("norm3", dtype, EPSILON)(tokens + mlp(tokens))
+        tokens = layers.LayerNorm(dtype, EPSILON, name="norm3")(tokens + mlp(tokens))
 
         told = attend("cross_attn_image_to_token")(placed_keys, tokens + token_pe, tokens, valid)
-        keys = layers.layer_norm("norm4", dtype, EPSILON)(keys + told)
+        keys = layers.LayerNorm(dtype, EPSILON, name="norm4")(keys + told)
         return tokens, keys
 
 
@@ -128,5 +128,5 @@ class TwoWayTransformer(nn.Module):
             c.compute_dtype,
             name="final_attn_token_to_image",
         )(tokens + token_pe, keys + key_pe, keys)
-        norm = layers.layer_norm("norm_final_attn", c.compute_dtype, EPSILON)
+        norm = layers.LayerNorm(c.compute_dtype, EPSILON, name="norm_final_attn")
         return norm(tokens + look), keys

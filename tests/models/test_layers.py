@@ -1,0 +1,148 @@
+"""Layer maths against definitions written out in NumPy."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from scipy.special import erf, log_softmax
+
+from sss_jax.models import layers
+
+
+def normal(seed, *shape):
+    return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
+
+
+@pytest.mark.parametrize(
+    ("height", "width", "window"), [(6, 9, 3), (5, 7, 4), (1, 1, 5), (8, 3, 1), (4, 4, 4)]
+)
+def test_windows_round_trip(height, width, window):
+    x = normal(0, 2, height, width, 3)
+    windows = layers.window_partition(layers.pad_to_windows(x, window), window)
+    count = -(-height // window) * -(-width // window)
+    assert windows.shape == (2 * count, window, window, 3)
+    np.testing.assert_array_equal(layers.window_merge(windows, height, width), x)
+
+
+def test_windows_are_contiguous_squares():
+    x = normal(0, 2, 6, 9, 1)
+    windows = layers.window_partition(x, 3)
+    for index, (b, row, col) in enumerate(np.ndindex(2, 2, 3)):
+        square = x[b, 3 * row : 3 * row + 3, 3 * col : 3 * col + 3]
+        np.testing.assert_array_equal(windows[index], square)
+
+
+def test_padding_is_zero_and_below_right():
+    padded = layers.pad_to_windows(jnp.ones((1, 5, 8, 1)), 4)
+    assert padded.shape == (1, 8, 8, 1)
+    np.testing.assert_array_equal(padded[0, :5], 1)
+    np.testing.assert_array_equal(padded[0, 5:], 0)
+
+
+def attention_by_definition(q, k, v, valid):
+    """One image, float64: loops over heads and queries, and drops the keys that are off."""
+    out = np.zeros((q.shape[0], *v.shape[1:]))
+    for head in range(q.shape[1]):
+        for n in range(q.shape[0]):
+            logits = k[valid, head].astype(float) @ q[n, head] / np.sqrt(q.shape[-1])
+            out[n, head] = np.exp(log_softmax(logits)) @ v[valid, head]
+    return out
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_attention_follows_the_definition(shared):
+    q, k, v = normal(0, 2, 3, 5, 2, 4), normal(1, 2, 3, 7, 2, 4), normal(2, 2, 3, 7, 2, 6)
+    valid = np.random.default_rng(3).uniform(size=(2, 3, 7)) > 0.4
+    valid[..., 0] = True
+    if shared:
+        k, v, valid = k[:, :1], v[:, :1], valid[:, :1]
+    y = layers.attention(q, k, v, valid)
+    every = layers.attention(q, k, v)
+    for b, object_ in np.ndindex(2, 3):
+        j = 0 if shared else object_
+        args = q[b, object_], k[b, j], v[b, j]
+        expected = attention_by_definition(*args, valid[b, j])
+        np.testing.assert_allclose(y[b, object_], expected, atol=2e-6)
+        expected = attention_by_definition(*args, np.ones(7, bool))
+        np.testing.assert_allclose(every[b, object_], expected, atol=2e-6)
+
+
+def test_attention_ignores_what_is_switched_off():
+    q, k, v = normal(0, 1, 3, 1, 4), normal(1, 1, 6, 1, 4), normal(2, 1, 6, 1, 4)
+    valid = np.array([[True, True, False, True, False, False]])
+    y = layers.attention(q, k, v, valid)
+    np.testing.assert_array_equal(
+        layers.attention(q, k, np.where(valid[..., None, None], v, 1e30), valid), y
+    )
+
+
+def test_attention_softmax_is_float32_in_bfloat16():
+    q, k = (jnp.asarray(normal(i, 1, 64, 1, 8), jnp.bfloat16) for i in range(2))
+    ones = jnp.ones((1, 64, 1, 8), jnp.bfloat16)
+    y = layers.attention(q, k, ones)
+    assert y.dtype == jnp.bfloat16
+    # A bfloat16 sum of 64 weights is off by several per cent.
+    np.testing.assert_allclose(np.asarray(y, np.float32), 1.0, atol=1e-2)
+
+
+def test_gelu_is_exact_with_its_derivative():
+    x = np.linspace(-12, 12, 401)
+    cdf = 0.5 * (1 + erf(x / np.sqrt(2)))
+    np.testing.assert_allclose(layers.gelu(x.astype(np.float32)), x * cdf, atol=2e-6)
+    slope = jax.vmap(jax.grad(layers.gelu))(x.astype(np.float32))
+    expected = cdf + x * np.exp(-x * x / 2) / np.sqrt(2 * np.pi)
+    np.testing.assert_allclose(slope, expected, atol=2e-6)
+
+
+def test_max_pool():
+    x = normal(0, 2, 4, 6, 3)
+    cells = [x[:, i::2, j::2] for i in range(2) for j in range(2)]
+    np.testing.assert_array_equal(layers.max_pool(x), np.max(cells, axis=0))
+
+
+def test_transposed_convolution_writes_each_tap():
+    x, kernel = normal(0, 2, 3, 2, 3, 4), normal(1, 2, 2, 4, 5)
+    y = layers.conv_transpose_2x2(x, kernel)
+    assert y.shape == (2, 3, 4, 6, 5)
+    for i, j in np.ndindex(2, 2):
+        np.testing.assert_allclose(y[..., i::2, j::2, :], x @ kernel[i, j], atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("side", "stride", "padding"), [(7, 4, 3), (3, 1, 1), (2, 2, 0), (1, 1, 0)]
+)
+def test_convolution_pads_symmetrically(side, stride, padding):
+    x = normal(0, 2, 8, 12, 3)
+    module = layers.Conv(5, side, jnp.float32, stride, padding)
+    params = {"kernel": normal(1, side, side, 3, 5), "bias": normal(2, 5)}
+    y = module.apply({"params": params}, x)
+    padded = np.pad(x, ((0, 0), (padding, padding), (padding, padding), (0, 0)))
+    rows, cols = ((n + 2 * padding - side) // stride + 1 for n in (8, 12))
+    assert y.shape == (2, rows, cols, 5)
+    for row, col in np.ndindex(rows, cols):
+        patch = padded[:, stride * row : stride * row + side, stride * col : stride * col + side]
+        expected = np.einsum("bijc,ijce->be", patch, params["kernel"]) + params["bias"]
+        np.testing.assert_allclose(y[:, row, col], expected, atol=2e-5)
+
+
+def test_layer_norm_survives_a_large_mean():
+    x = normal(0, 4, 64) + 1e4
+    norm = layers.LayerNorm(jnp.float32)
+    params = {"scale": np.ones(64, np.float32), "bias": np.zeros(64, np.float32)}
+    y = norm.apply({"params": params}, x)
+    wide = x.astype(float)
+    expected = (wide - wide.mean(-1, keepdims=True)) / wide.std(-1, keepdims=True)
+    np.testing.assert_allclose(y, expected, atol=5e-3)
+
+
+def test_dense_and_mlp():
+    x = normal(0, 2, 3, 4)
+    params = {
+        f"layers_{i}": {"kernel": normal(i, 4, 4), "bias": normal(9 + i, 4)} for i in range(3)
+    }
+    mlp = layers.MLP((4, 4, 4), jax.nn.relu, jnp.float32)
+    expected = x
+    for i in range(3):
+        expected = expected @ params[f"layers_{i}"]["kernel"] + params[f"layers_{i}"]["bias"]
+        expected = np.maximum(expected, 0) if i < 2 else expected
+    np.testing.assert_allclose(mlp.apply({"params": params}, x), expected, atol=1e-4)

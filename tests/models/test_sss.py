@@ -1,0 +1,164 @@
+"""The SSS network: SAM-2, class tokens, coarse head."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from sss_jax.errors import ConfigError
+from sss_jax.models.image_encoder import normalise_image
+from sss_jax.models.initial import rule
+from sss_jax.models.sss import SSSModel, build_model, init_params, no_prompts
+from sss_jax.options import ModelOptions
+
+OPTIONS = ModelOptions(preset="nano", image_size=16, num_classes=2, class_token_std=0.5)
+NANO = build_model(OPTIONS).config
+CONFIG = dataclasses.replace(
+    NANO, embed_dim=8, depths=(1, 1, 1, 1), global_blocks=(2, 3), width=32, decoder_mlp=32
+)
+MODEL = SSSModel(CONFIG, OPTIONS.num_classes, OPTIONS.class_token_std)
+
+
+@pytest.fixture(scope="module")
+def params():
+    return init_params(MODEL, jax.random.key(0))
+
+
+@pytest.fixture(scope="module")
+def image():
+    return np.random.default_rng(0).uniform(size=(3, 16, 16, 1)).astype(np.float32)
+
+
+@pytest.fixture(scope="module")
+def run():
+    return jax.jit(lambda p, x, prompts: MODEL.apply({"params": p}, x, prompts))
+
+
+def test_normalised_image_is_standard_and_grey():
+    image = np.random.default_rng(0).uniform(size=(1, 4, 4, 1)).astype(np.float32)
+    x = normalise_image(image)
+    assert x.shape == (1, 4, 4, 3)
+    np.testing.assert_allclose(x[..., 0], (image[..., 0] - 0.485) / 0.229, rtol=1e-5)
+    np.testing.assert_allclose(x[..., 2], (image[..., 0] - 0.406) / 0.225, rtol=1e-5)
+
+
+def test_outputs(run, params, image):
+    coarse, out = run(params, image, no_prompts(3, 2, slots=3))
+    assert coarse.shape == out.logits_BHWK1.shape == (3, 8, 8, 3)
+    assert out.iou_BK.shape == out.object_score_BK.shape == (3, 2)
+    assert np.all(out.logits_BHWK1[..., 0] == 0)
+    assert np.std(out.logits_BHWK1[..., 1:]) > 1e-3
+    assert np.std(coarse) > 1e-3
+    assert np.all((out.iou_BK > 0) & (out.iou_BK < 1))
+
+
+def test_class_tokens_tell_the_classes_apart(run, params, image):
+    prompts = no_prompts(3, 2)
+    _, out = run(params, image, prompts)
+    assert np.abs(out.logits_BHWK1[..., 1] - out.logits_BHWK1[..., 2]).max() > 1e-3
+    swapped = params | {"class_tokens": params["class_tokens"][::-1]}
+    _, other = run(swapped, image, prompts)
+    np.testing.assert_allclose(
+        other.logits_BHWK1[..., 1:], out.logits_BHWK1[..., :0:-1], rtol=1e-4, atol=1e-5
+    )
+
+
+def test_zero_class_tokens_are_plain_sam2(run, params, image):
+    prompts = no_prompts(3, 2)._replace(labels_BKQ=jnp.ones((3, 2, 1), jnp.int32))
+    zero = params | {"class_tokens": jnp.zeros_like(params["class_tokens"])}
+    _, out = run(zero, image, prompts)
+
+    def plain(module):
+        features = module.sam2.encode_image(normalise_image(image))
+        return module.sam2.decode(features, prompts.points_BKQ2, prompts.labels_BKQ)
+
+    expected = jax.jit(lambda p: MODEL.apply({"params": p}, method=plain))(zero)
+    np.testing.assert_allclose(
+        out.logits_BHWK1[..., 1:],
+        jnp.moveaxis(expected.logits_BKMHW[:, :, 0], 1, -1),
+        rtol=1e-4,
+        atol=1e-5,
+    )
+    np.testing.assert_allclose(out.iou_BK, expected.iou_BKM[..., 0], atol=1e-6)
+
+
+def test_call_equals_its_parts(run, params, image):
+    prompts = no_prompts(3, 2)
+
+    def parts(module):
+        features = module.encode(image)
+        return module.coarse(features), module.segment(features, prompts)
+
+    expected = jax.jit(lambda p: MODEL.apply({"params": p}, method=parts))(params)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5),
+        run(params, image, prompts),
+        expected,
+    )
+
+
+def named(tree):
+    return {"/".join(k.key for k in path): x for path, x in jax.tree.leaves_with_path(tree)}
+
+
+def test_init_params_has_the_structure_that_linen_gives(params):
+    image, prompts = jnp.zeros((1, 16, 16, 1)), no_prompts(1, 2)
+    linen = jax.eval_shape(MODEL.init, jax.random.key(0), image, prompts)["params"]
+    assert type(params) is dict
+    assert {k: (v.shape, v.dtype) for k, v in named(params).items()} == {
+        k: (v.shape, v.dtype) for k, v in named(linen).items()
+    }
+    assert all(x.dtype == jnp.float32 for x in jax.tree.leaves(params))
+    assert set(params) == {"sam2", "coarse_head", "class_tokens"}
+
+
+def test_initial_values_follow_the_rule(params):
+    for name, value in named(jax.device_get(params)).items():
+        leaf = name.rpartition("/")[2]
+        mean, std = (0.0, 0.5) if leaf == "class_tokens" else rule(leaf, value.shape)
+        spread = float(np.std(value))
+        if std == 0:
+            assert np.all(value == mean), name
+        elif value.size > 1000:
+            assert 0.9 < spread / std < 1.1, name
+        assert np.abs(value - mean).max() <= 2.3 * std + 1e-6, name
+
+
+def test_parts_of_the_stream_differ(params):
+    found = named(jax.device_get(params)).items()
+    kernels = [np.ravel(v)[:64] for k, v in found if k.endswith("qkv/kernel")]
+    scaled = np.array([k / k.std() for k in kernels])
+    correlation = np.corrcoef(scaled) - np.eye(len(scaled))
+    assert np.abs(correlation).max() < 0.6
+
+
+def test_init_depends_on_the_key_alone(params):
+    larger = SSSModel(dataclasses.replace(CONFIG, image_size=64), 2, OPTIONS.class_token_std)
+    again = init_params(larger, jax.random.key(0))
+    jax.tree.map(np.testing.assert_array_equal, params, again)
+    other = init_params(MODEL, jax.random.key(1))
+    assert np.abs(other["class_tokens"] - params["class_tokens"]).max() > 1e-3
+
+
+def test_build_model_follows_the_options():
+    options = ModelOptions(
+        preset="small", image_size=96, num_classes=4, dtype="bfloat16", remat=True
+    )
+    model = build_model(options)
+    assert model.num_classes == 4
+    assert (model.config.name, model.config.image_size) == ("small", 96)
+    assert (model.config.dtype, model.config.remat) == ("bfloat16", True)
+    assert hash(model.config) == hash(build_model(options).config)
+
+
+def test_class_tokens_start_at_zero_by_default():
+    params = init_params(SSSModel(CONFIG, 1), jax.random.key(0))
+    assert params["class_tokens"].shape == (1, 32)
+    assert np.all(np.asarray(params["class_tokens"]) == 0)
+
+
+def test_build_model_refuses_an_unfit_size():
+    with pytest.raises(ConfigError, match="multiple of 32"):
+        build_model(ModelOptions(preset="tiny", image_size=100))
