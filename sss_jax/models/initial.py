@@ -53,22 +53,26 @@ def draw_all(key: Key[Array, ""], shapes: PyTree, std: dict[str, float]) -> PyTr
         std: spread of leaves that have no rule, by name.
     """
     leaves, tree = jax.tree.flatten_with_path(shapes)
-    rules = []
-    for path, leaf in leaves:
-        name = path[-1].key
-        rules.append((0.0, std[name]) if name in std else rule(name, leaf.shape))
-    sizes = [
-        math.prod(leaf.shape) if spread else 0
-        for (_, leaf), (_, spread) in zip(leaves, rules, strict=True)
-    ]
+    rules = [(*_rule_of(path[-1].key, leaf.shape, std), leaf.shape) for path, leaf in leaves]
+    sizes = [math.prod(shape) if drawn else 0 for drawn, _, _, shape in rules]
     stream = _standard(key, (sum(sizes),))
     values, start = [], 0
-    for (_, leaf), (mean, spread), size in zip(leaves, rules, sizes, strict=True):
+    for (drawn, mean, spread, shape), size in zip(rules, sizes, strict=True):
         piece = jax.lax.slice(stream, (start,), (start + size,))
+        values.append(piece.reshape(shape) * spread if drawn else jnp.full(shape, mean))
         start += size
-        value = piece.reshape(leaf.shape) * spread if spread else jnp.full(leaf.shape, mean)
-        values.append(value)
     return jax.tree.unflatten(tree, values)
+
+
+def _rule_of(name: str, shape: tuple[int, ...], std: dict[str, float]) -> tuple[bool, float, float]:
+    """Whether a leaf takes part in the stream, its mean and its spread.
+
+    A leaf with a spread of its own always does, so that setting it to 0 changes no other leaf.
+    """
+    if name in std:
+        return True, 0.0, std[name]
+    mean, spread = rule(name, shape)
+    return spread > 0, mean, spread
 
 
 def _standard(key: Key[Array, ""], shape: tuple[int, ...]) -> Array:
