@@ -1,19 +1,17 @@
 """Strict JAX settings and eight virtual devices for every test."""
 
 import os
+from pathlib import Path
 
 os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8")
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
-import jax  # noqa: E402
+import jax
+import pytest
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_default_matmul_precision", "highest")
-
-from pathlib import Path  # noqa: E402
-
-import pytest  # noqa: E402
 
 
 @pytest.fixture(scope="session")
@@ -42,9 +40,7 @@ def micro():
         optimizer=OptimizerOptions(rate=1e-3, encoder_rate=1e-3),
         train=TrainOptions(steps=10, labelled_batch=8, unlabelled_batch=8),
     )
-    options = dataclasses.replace(
-        options, semi=dataclasses.replace(options.semi, confidence=0.4)
-    )
+    options = dataclasses.replace(options, semi=dataclasses.replace(options.semi, confidence=0.4))
     small = {"depths": (1, 1, 1, 1), "global_blocks": (2, 3), "embed_dim": 16, "width": 32}
     config = dataclasses.replace(preset("nano", 32), **small, upscale_channels=(16, 8))
     model = SSSModel(config, options.model.num_classes, options.model.class_token_std)

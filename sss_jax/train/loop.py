@@ -21,7 +21,7 @@ from sss_jax.train.guard import NonFiniteGuard, StopSignal, WorkdirLock
 from sss_jax.train.log import MetricsLog, Progress
 from sss_jax.train.mesh import Driver, make_driver
 from sss_jax.train.optimizer import learning_rate, make_optimizer
-from sss_jax.train.state import init_all_params, init_state
+from sss_jax.train.state import init_all_params, init_state, state_of
 from sss_jax.train.step import root_key
 from sss_jax.train.validate import validate
 
@@ -99,10 +99,12 @@ class _Run:
         shapes = jax.eval_shape(lambda k: init_all_params(self.model, options, k), key)
         optimizer = make_optimizer(options.optimizer, options.train.steps, shapes)
         driver = make_driver(self.model, options, optimizer)
-        init = jax.jit(lambda k: init_state(self.model, options, optimizer, k))
-        restored = self.checkpointer.restore(jax.eval_shape(init, key))
-        state = init(key) if restored is None else restored.state
-        start = 0 if restored is None else restored.step
+        target = jax.eval_shape(lambda params: state_of(params, optimizer), shapes)
+        restored = self.checkpointer.restore(target)
+        if restored is None:
+            state, start = init_state(self.model, options, optimizer, key), 0
+        else:
+            state, start = restored.state, restored.step
         self.log.truncate(start)
         return driver, driver.place_state(state), start
 

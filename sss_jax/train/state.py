@@ -20,7 +20,11 @@ def init_state(
     model: SSSModel, options: Options, optimizer: optax.GradientTransformation, key: Key[Array, ""]
 ) -> PyTree:
     """Return the state of step 0, the teacher being a copy of the student."""
-    params = init_all_params(model, options, key)
+    return state_of(init_all_params(model, options, key), optimizer)
+
+
+def state_of(params: PyTree, optimizer: optax.GradientTransformation) -> PyTree:
+    """Return the state of step 0 with these parameters."""
     return {
         "params": params,
         "ema": jax.tree.map(jnp.copy, params["net"]),

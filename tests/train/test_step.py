@@ -5,11 +5,11 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from sss_jax.errors import ConfigError
 from sss_jax.train.mesh import make_driver
-from sss_jax.train.optimizer import make_optimizer
 from sss_jax.train.state import count_params, init_state
 from sss_jax.train.step import make_train_step, root_key
 
@@ -20,17 +20,11 @@ def with_train(options, **changes):
 
 @pytest.fixture(scope="module")
 def start(micro):
+    """Plain SGD: Adam divides a gradient by its own size and would amplify rounding."""
     model, options, batch = micro
-    shapes = jax.eval_shape(lambda k: init_state(model, options, _sgd(), k), root_key(0))
-    optimizer = make_optimizer(options.optimizer, options.train.steps, shapes["params"])
+    optimizer = optax.sgd(1e-2)
     state = jax.jit(lambda k: init_state(model, options, optimizer, k))(root_key(0))
     return model, options, batch, optimizer, jax.device_get(state)
-
-
-def _sgd():
-    import optax
-
-    return optax.sgd(0.1)
 
 
 def run(driver, state, batch, steps):
@@ -61,15 +55,12 @@ def results(start):
 def test_eight_devices_take_the_step_of_one(results, name):
     (state, metrics), (expected, expected_metrics) = results[0][name], results[0]["one"]
     for term, value in expected_metrics.items():
-        np.testing.assert_allclose(metrics[term], value, rtol=1e-4, atol=1e-5, err_msg=term)
-    # Adam divides by the gradient's own size, so rounding of a tiny gradient is amplified: the
-    # first moments are compared tightly, the parameters by how far they moved (rate 1e-3).
-    for path, value in jax.tree_util.tree_leaves_with_path(expected["opt_state"]):
-        other = _at(state["opt_state"], path)
-        scale = np.abs(value).max() + 1e-6
-        np.testing.assert_allclose(other, value, atol=2e-4 * scale, err_msg=str(path))
-    moved = jax.tree.map(lambda a, b: np.abs(a - b).max(), state["params"], expected["params"])
-    assert max(jax.tree.leaves(moved)) < 2e-4
+        np.testing.assert_allclose(metrics[term], value, rtol=1e-4, atol=1e-6, err_msg=term)
+    for part in ("params", "ema"):
+        for path, value in jax.tree_util.tree_leaves_with_path(expected[part]):
+            other = _at(state[part], path)
+            scale = max(np.abs(value).max(), 1e-2)
+            np.testing.assert_allclose(other, value, atol=1e-5 * scale, err_msg=str(path))
 
 
 def _at(tree, path):
@@ -137,7 +128,7 @@ def test_same_key_same_bits(start, results):
 
 def test_a_batch_that_devices_cannot_share_is_refused(start):
     model, options, _, optimizer, _ = start
-    with pytest.raises(ConfigError, match="train.labelled_batch=6"):
+    with pytest.raises(ConfigError, match=r"train\.labelled_batch=6"):
         make_driver(model, with_train(options, labelled_batch=6), optimizer)
 
 
@@ -149,7 +140,7 @@ def test_other_methods_trace(micro, method):
     options = dataclasses.replace(
         config.load(f"demo:{method}"), model=micro_options.model, train=micro_options.train
     )
-    optimizer = _sgd()
+    optimizer = optax.sgd(1e-2)
     state = jax.eval_shape(lambda k: init_state(model, options, optimizer, k), root_key(0))
     step = make_train_step(model, options, optimizer)
     out, metrics = jax.eval_shape(step, state, batch, root_key(0))

@@ -1,0 +1,160 @@
+"""The loss of one step: what may influence it, and what may not."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from sss_jax.ssl.network import Network
+from sss_jax.ssl.views import mix, unlabelled_views
+from sss_jax.ssl.weak_to_strong import make_pseudo_labels, sss_loss
+from sss_jax.train.state import init_all_params
+from sss_jax.train.step import root_key
+
+
+@pytest.fixture(scope="module")
+def setup(micro):
+    """Parameters and one compiled loss with its gradient, a function of what tests change."""
+    model, options, batch = micro
+    params = jax.jit(lambda k: init_all_params(model, options, k))(root_key(0))
+
+    @jax.jit
+    def loss(params, teacher, batch, key):
+        def of(params, teacher):
+            return sss_loss(params, teacher, batch, key, jnp.int32(0), model=model, options=options)
+
+        return jax.value_and_grad(of, argnums=(0, 1), has_aux=True)(params, teacher)
+
+    return model, options, batch, params, loss
+
+
+@pytest.fixture(scope="module")
+def plain(setup):
+    _, _, batch, params, loss = setup
+    return loss(params, params["net"], batch, root_key(1))
+
+
+def test_every_term_is_there_and_finite(plain):
+    (loss, aux), _ = plain
+    assert np.isfinite(loss)
+    assert all(np.isfinite(value) for value in aux.values())
+    assert {"loss_labelled", "loss_unlabelled", "loss_coarse", "coverage"} <= set(aux)
+    assert {f"similarity_level_{s}" for s in (4, 8, 16)} <= set(aux)
+    assert 0 < aux["coverage"] <= 1, "the fixture must have confident pixels to test anything"
+    assert aux["loss_unlabelled"] > 0
+
+
+def test_the_total_is_the_weighted_sum(setup, plain):
+    options, (loss, aux) = setup[1], plain[0]
+    weights = options.loss
+    total = (
+        aux["loss_labelled"]
+        + weights.coarse * aux["loss_coarse"]
+        + weights.iou * aux["loss_iou"]
+        + weights.presence * aux["loss_presence"]
+        + options.semi.weight * aux["loss_unlabelled"]
+    )
+    np.testing.assert_allclose(loss, total, rtol=1e-6)
+
+
+def test_the_teacher_gets_no_gradient(plain):
+    teacher = plain[1][1]
+    assert all(not np.any(leaf) for leaf in jax.tree.leaves(teacher))
+
+
+def test_dfe_and_encoder_get_gradients(plain):
+    student = plain[1][0]
+    for name in ("level_4", "level_8", "level_16"):
+        assert all(np.any(leaf) for leaf in jax.tree.leaves(student["dfe"][name])), name
+    encoder = student["net"]["sam2"]["image_encoder"]
+    assert all(np.any(leaf) for leaf in jax.tree.leaves(encoder))
+    assert np.any(student["net"]["class_tokens"])
+
+
+def test_unlabelled_images_matter_and_padding_does_not(setup, plain):
+    _, _, batch, params, loss = setup
+    changed = {name: dict(part) for name, part in batch.items()}
+    changed["unlabelled"]["image"] = batch["unlabelled"]["image"][:, :, ::-1]
+    other = loss(params, params["net"], changed, root_key(1))[0][1]
+    assert other["loss_unlabelled"] != plain[0][1]["loss_unlabelled"]
+    assert other["loss_labelled"] == plain[0][1]["loss_labelled"]
+
+    mask = batch["labelled"]["slice_mask"]
+    garbage = {name: dict(part) for name, part in batch.items()}
+    garbage["labelled"]["label"] = np.where(
+        mask[..., None, None], batch["labelled"]["label"], 1
+    ).astype(np.int32)
+    terms = loss(params, params["net"], garbage, root_key(1))[0][1]
+    np.testing.assert_allclose(terms["loss_labelled"], plain[0][1]["loss_labelled"], rtol=1e-6)
+
+
+def test_another_key_is_another_step(setup, plain):
+    _, _, batch, params, loss = setup
+    assert loss(params, params["net"], batch, root_key(2))[0][0] != plain[0][0]
+
+
+def test_no_confident_pixel_no_loss(micro):
+    """Coverage 0: the unlabelled term and its gradient are exactly 0."""
+    model, options, batch = micro
+    certain = dataclasses.replace(options.semi, confidence=1.0, labelled_prompts="none")
+    options = dataclasses.replace(
+        options, semi=certain, pcsw=dataclasses.replace(options.pcsw, enabled=False)
+    )
+    params = jax.jit(lambda k: init_all_params(model, options, k))(root_key(0))
+
+    def unlabelled(params):
+        _, aux = sss_loss(
+            params, params["net"], batch, root_key(1), jnp.int32(0), model=model, options=options
+        )
+        return aux["loss_unlabelled"]
+
+    value, grads = jax.jit(jax.value_and_grad(unlabelled))(params)
+    assert value == 0
+    assert all(not np.any(leaf) for leaf in jax.tree.leaves(grads))
+
+
+def test_views_are_aligned_and_mixed(micro):
+    """A strong view is a function of the weak one, pixel by pixel, with the partner's box."""
+    _, options, batch = micro
+    still = dataclasses.replace(options.strong, jitter=0.0, blur=0.0, cutmix=1.0)
+    options = dataclasses.replace(options, strong=still)
+    views = unlabelled_views(root_key(4), batch["unlabelled"], options, None)
+    weak = np.asarray(views.weak_BSHWC)
+    for view in views.strong:
+        y0, x0, y1, x1 = np.asarray(view.box_B4).T
+        centre = (np.arange(32) + 0.5) / 32
+        rows = (centre >= y0[:, None]) & (centre < y1[:, None])
+        columns = (centre >= x0[:, None]) & (centre < x1[:, None])
+        box = rows[:, :, None] & columns[:, None, :]
+        assert box.any()
+        expected = np.where(box[:, None, :, :, None], weak[::-1], weak)
+        np.testing.assert_array_equal(view.image_BSHWC, expected)
+    first, second = (np.asarray(view.box_B4) for view in views.strong)
+    assert not np.array_equal(first, second)
+
+
+def test_mix_uses_the_same_box_at_every_resolution():
+    box = jnp.array([[0.0, 0.0, 0.5, 0.5], [0.0, 0.0, 0.0, 0.0]])
+    for side in (4, 8, 32):
+        x = jnp.stack([jnp.zeros((1, side, side)), jnp.ones((1, side, side))])
+        mixed = np.asarray(mix(box, x, None))
+        assert mixed[0, 0, : side // 2, : side // 2].all()
+        assert mixed[0].sum() == (side // 2) ** 2
+        assert mixed[1].all()
+
+
+def test_pseudo_labels_are_the_teachers_decision(micro):
+    model, options, batch = micro
+    params = jax.jit(lambda k: init_all_params(model, options, k))(root_key(0))
+    views = unlabelled_views(root_key(4), batch["unlabelled"], options, None)
+    mask = jnp.asarray(batch["unlabelled"]["slice_mask"])
+    pseudo = jax.jit(
+        lambda net, views: make_pseudo_labels(Network(model, net), views, mask, options)
+    )(params["net"], views)
+    assert pseudo.label_BSHW.shape == views.valid_BSHW.shape
+    confidence = np.asarray(pseudo.confidence_BSHW)
+    assert confidence.min() >= 1 / (options.model.num_classes + 1) - 1e-6
+    assert confidence.max() <= 1
+    assert set(np.unique(pseudo.label_BSHW)) <= set(range(options.model.num_classes + 1))
