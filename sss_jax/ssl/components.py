@@ -14,7 +14,7 @@ from jax import lax
 from sss_jax.axes import Array, Bool, Int
 
 _FAR = jnp.iinfo(jnp.int32).max
-_JUMPS = 2
+_JUMPS = 3  # per pass; fewer need more passes on long windings, more cost more than they save
 
 
 def _neighbourhood(label_SHW: Array, axis: int) -> Array:

@@ -1,15 +1,17 @@
 """PCSW inside jit against its definition, written out with loops and a depth-first search."""
 
 import functools
+import re
 from fractions import Fraction
 
 import jax
 import jax.numpy as jnp
+import nibabel as nib
 import numpy as np
 import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from jax.sharding import AxisType
+from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from sss_jax.options import PCSWOptions
@@ -99,8 +101,12 @@ def assert_same(got, expected):
 
 
 def volume(*planes):
-    """Binary volume from rows of characters; # is foreground."""
-    return np.array([[[c == "#" for c in row] for row in plane] for plane in planes])
+    """Binary volume of 4 slices, 3 rows, 9 columns from rows of characters; # is foreground."""
+    mask = np.zeros((4, 3, 9), bool)
+    for plane, rows in zip(mask, planes, strict=False):
+        for line, row in zip(plane, rows, strict=False):
+            line[: len(row)] = [c == "#" for c in row]
+    return mask
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=range(len(OPTIONS)))
@@ -115,7 +121,7 @@ def test_search_equals_its_definition(
     )
 
 
-@pytest.mark.parametrize("slices", [1, 2, 3, 4, 8])
+@pytest.mark.parametrize("slices", [1, 2, 3, 4])
 def test_few_slices(slices, make_mask, depth_first):
     for seed in range(6):
         for kind in ("noise", "sparse noise", "blobs", "empty"):
@@ -177,7 +183,6 @@ def test_of_equal_slices_the_first_wins():
     last = volume(["....."], [".#..."], [".##.."], [".##.."])
     # The window (1, 2) is accepted before slice 3 is seen.
     assert search(last, 4, PCSWOptions()).slice == 1
-    assert search(last[1:], 3, PCSWOptions()).slice == 1
 
 
 def test_nothing_accepted_takes_all_foreground_of_the_fullest_slice():
@@ -185,17 +190,17 @@ def test_nothing_accepted_takes_all_foreground_of_the_fullest_slice():
     got = search(mask, 2, PCSWOptions(prompts="every_k", every=1))
     assert not got.accepted
     assert (got.slice, got.window_start, got.window_length, got.share) == (1, 0, 0, 0)
-    np.testing.assert_array_equal(got.valid_S, [False, True])
+    np.testing.assert_array_equal(got.valid_S, [False, True, False, False])
     np.testing.assert_array_equal(got.box_S4[1], [0, 0, 6, 2])
     np.testing.assert_allclose(got.point_S2[1], [2.0, 1.0])
 
 
 def test_no_foreground_is_the_whole_image_and_not_valid():
-    got = search(np.zeros((3, 5, 8), bool), 3, PCSWOptions())
+    got = search(volume(), 3, PCSWOptions())
     assert not got.valid_S.any()
     assert not got.accepted
-    np.testing.assert_array_equal(got.box_S4, [[0, 0, 7, 4]] * 3)
-    np.testing.assert_array_equal(got.point_S2, [[3.5, 2.0]] * 3)
+    np.testing.assert_array_equal(got.box_S4, [[0, 0, 8, 2]] * 4)
+    np.testing.assert_array_equal(got.point_S2, [[4.0, 1.0]] * 4)
 
 
 def test_every_k_counts_from_the_prompt_slice_in_both_directions():
@@ -252,15 +257,35 @@ def test_vmap_pmap_shard_map_and_eager_agree(make_mask, mask_kinds):
     one = functools.partial(search_prompts, options=PCSWOptions())
     results = [search(mask, num, PCSWOptions()) for mask, num in zip(masks, nums, strict=True)]
     loop = jax.tree.map(lambda *leaves: np.stack(leaves), *results)
-    mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
+    mesh = jax.make_mesh((4,), ("data",), axis_types=(AxisType.Auto,))
     sharded = jax.shard_map(
         jax.vmap(one), mesh=mesh, in_specs=(P("data"), P("data")), out_specs=P("data")
     )
-    for many in (jax.jit(jax.vmap(one)), jax.pmap(one), jax.jit(sharded)):
+    for many in (jax.pmap(one), jax.jit(sharded)):  # one and two volumes a device
         jax.tree.map(np.testing.assert_array_equal, many(masks, nums), loop)
+    mask = volume(["#.#.#"], ["##.#."], ["##"])
     with jax.disable_jit():
-        alone = one(jnp.asarray(masks[0]), jnp.asarray(nums[0]))
-    jax.tree.map(np.testing.assert_allclose, alone, results[0])
+        alone = one(jnp.asarray(mask), jnp.int32(3))
+    jax.tree.map(np.testing.assert_allclose, alone, search(mask, 3, PCSWOptions()))
+
+
+def test_volumes_sharded_over_devices_stay_on_their_device():
+    """Only the loops' one-bit flags may cross devices; a gathered mask would not scale."""
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
+    data = NamedSharding(mesh, P("data"))
+    shapes = (
+        jax.ShapeDtypeStruct((8, 4, 8, 8, 2), jnp.float32),
+        jax.ShapeDtypeStruct((8, 4), bool),
+    )
+    many = jax.jit(
+        lambda prob, mask: volume_prompts(prob, mask, 4, PCSWOptions()),
+        in_shardings=(data, data),
+        out_shardings=data,
+    )
+    text = many.lower(*shapes).compile().as_text()
+    names = "all-gather|all-to-all|collective-permute|reduce-scatter|all-reduce"
+    moved = re.findall(rf"= (\S+) (?:{names})(?:-start)?\(", text)
+    assert set(moved) == {"pred[]"}
 
 
 def test_padding_slices_change_nothing(make_mask):
@@ -314,3 +339,22 @@ def test_windows_that_cannot_be_accepted_are_not_searched(make_mask):
     assert not candidates(make_mask("sparse noise", 0, SHAPE)).any()
     assert not candidates(make_mask("checkerboard", 0, SHAPE)).any()
     assert candidates(make_mask("maze", 0, SHAPE)).any()
+
+
+def test_real_labels(real_data, depth_first):
+    """Expert labels are what good pseudo-masks look like; specks are what bad ones add."""
+    paths = sorted((real_data / "hippocampus" / "labels").glob("*.nii.gz"))[:3]
+    assert paths
+    rng = np.random.default_rng(0)
+    shape = (40, 64, 48)
+    for path in paths:
+        label = np.asarray(nib.load(path).dataobj).transpose(2, 1, 0)[: shape[0]]
+        num_slices = len(label)
+        padding = [(0, full - size) for full, size in zip(shape, label.shape, strict=True)]
+        for value in (1, 2):
+            mask = np.pad(label == value, padding)
+            for noise in (0, 0.002):
+                noisy = mask | (rng.random(shape) < noise)
+                expected = reference(noisy, num_slices, PCSWOptions(), depth_first)
+                assert noise or expected["accepted"]
+                assert_same(search(noisy, num_slices, PCSWOptions()), expected)

@@ -105,6 +105,13 @@ def test_noise_is_a_share_of_each_side():
     assert np.abs(np.corrcoef(shift.T) - np.eye(4)).max() < 0.08
 
 
+def test_the_side_of_one_pixel_is_one():
+    box = jnp.full((4000, 4), 500.0)
+    got, _ = jitter(jax.random.key(3), box, 0.1, 1000)
+    # Noise has a spread of 0.1 pixels; the larger of two such numbers has a mean of 0.056.
+    np.testing.assert_allclose((got[:, 2:] - box[:, 2:]).mean(), 0.1 / np.pi**0.5, rtol=0.1)
+
+
 @pytest.mark.parametrize("chosen", [[0, 1, 2], [2, 0], [1]])
 def test_noise_of_an_example_does_not_depend_on_the_batch(chosen):
     keys = jax.random.split(jax.random.key(2), 3)
