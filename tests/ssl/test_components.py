@@ -98,7 +98,7 @@ def test_sizes_count_each_component_once(make_mask):
     np.testing.assert_array_equal(sizes, expected)
 
 
-def test_vmap_pmap_shard_map_and_eager_agree(mask_kinds, make_mask):
+def test_loop_vmap_pmap_shard_map_and_eager_agree(mask_kinds, make_mask):
     connectivity = 26
     masks = np.stack([make_mask(mask_kinds[i], i, SHAPE) for i in range(8)])
     loop = np.stack([label(mask, connectivity) for mask in masks])

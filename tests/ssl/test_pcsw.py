@@ -252,7 +252,7 @@ def stack(make_mask, mask_kinds):
     return masks, np.array([13, 12, 9, 13, 1, 7, 13, 13], np.int32)
 
 
-def test_vmap_pmap_shard_map_and_eager_agree(make_mask, mask_kinds):
+def test_loop_vmap_pmap_and_shard_map_agree(make_mask, mask_kinds):
     masks, nums = stack(make_mask, mask_kinds)
     one = functools.partial(search_prompts, options=PCSWOptions())
     results = [search(mask, num, PCSWOptions()) for mask, num in zip(masks, nums, strict=True)]
@@ -263,9 +263,13 @@ def test_vmap_pmap_shard_map_and_eager_agree(make_mask, mask_kinds):
     )
     for many in (jax.pmap(one), jax.jit(sharded)):  # one and two volumes a device
         jax.tree.map(np.testing.assert_array_equal, many(masks, nums), loop)
+
+
+@pytest.mark.slow
+def test_jit_changes_nothing():
     mask = volume(["#.#.#"], ["##.#."], ["##"])
     with jax.disable_jit():
-        alone = one(jnp.asarray(mask), jnp.int32(3))
+        alone = search_prompts(jnp.asarray(mask), jnp.int32(3), PCSWOptions())
     jax.tree.map(np.testing.assert_allclose, alone, search(mask, 3, PCSWOptions()))
 
 
@@ -298,10 +302,9 @@ def test_padding_slices_change_nothing(make_mask):
     assert not padded.valid_S[9:].any()
 
 
-@pytest.mark.parametrize("prompts", ["best_slice", "every_k"])
-def test_volumes_become_prompts_in_input_pixels(prompts, make_mask, depth_first):
+def test_volumes_become_prompts_in_input_pixels(make_mask, depth_first):
     batch, slices, height, width, classes, stride = 2, 8, 6, 7, 3, 4
-    options = PCSWOptions(prompts=prompts, threshold=0.3)
+    options = PCSWOptions(prompts="every_k", threshold=0.3)
     kinds = ["blobs", "maze", "empty", "sparse noise", "full", "dense noise"]
     masks = [make_mask(kind, 2, (slices, height, width)) for kind in kinds]
     mask_BKSHW = np.stack(masks).reshape(batch, classes, slices, height, width)
