@@ -22,6 +22,6 @@ def get_config(arg: str = "sss") -> ConfigDict:
     config.data.clip_slices = 4
     config.data.max_stride = 2
     config.train.labelled_batch = 4
-    config.train.unlabelled_batch = 4
+    config.train.unlabelled_batch = 2
     config.eval.slice_bucket = 16
     return config

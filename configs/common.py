@@ -36,7 +36,7 @@ def from_scratch(config: ConfigDict, *, image_size: int, steps: int) -> ConfigDi
     """Set up the `nano` network, trained on a CPU from random weights."""
     config.model.preset = "nano"
     config.model.image_size = image_size
-    config.model.class_token_std = 0.02
+    config.model.class_token_std = 0.5
     config.optimizer.rate = config.optimizer.encoder_rate = 1.5e-3
     config.optimizer.schedule = "cosine"
     config.optimizer.warmup_steps = 100
