@@ -10,7 +10,7 @@ demo: $(VENV)/.ready
 	$(BIN)/python -m sss_jax.benchmarks.demo $(DEMO)
 
 test: lint
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -m "not slow" -n 2 --dist loadfile
 
 test-slow: $(VENV)/.ready
 	$(BIN)/python -m pytest -m slow

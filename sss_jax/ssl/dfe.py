@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from sss_jax.axes import Array, Float, Key, PyTree
+from sss_jax.models import layers
 from sss_jax.options import DFEOptions
 
 LEVELS = ("level_4", "level_8", "level_16")  # options and parameters, from fine to coarse
@@ -118,7 +119,7 @@ def project(
     x = conv
     for layer in range(_LAYERS):
         linear = low[f"linear_{layer}"]
-        x = x @ linear["kernel"] + _row(linear["bias"], x.ndim)
+        x = layers.linear(x, linear["kernel"]) + _row(linear["bias"], x.ndim)
         if layer < _LAYERS - 1:
             x = _norm_relu(params[f"norm_{layer}"], x)
     return Projection(conv, x)
