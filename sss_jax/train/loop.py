@@ -80,6 +80,7 @@ class _Run:
         total = self.options.train.steps
         batches = self.loader.iterate(start)
         with contextlib.closing(batches), self.log, Progress(total, start) as progress:
+            self._catch_up(start, driver, state, progress)
             self._steps(driver, state, key, start, batches, progress)
         self.checkpointer.wait()
         best = self.checkpointer.best_step()
@@ -145,25 +146,45 @@ class _Run:
         train = self.options.train
         last = done == train.steps
         stop = self.stop.requested
-        due = last or bool(train.eval_every and done % train.eval_every == 0)
-        if not (due or stop or done % train.save_every == 0):
+        if not (self._due(done) or stop or done % train.save_every == 0):
             self.checkpointer.check()
             return
         self.guard.check()
         single = driver.fetch(state)
-        scores = None if stop and not last else self._validate(single) if due else None
-        run.save(self.checkpointer, done, single, scores)
-        if scores is not None:
-            row = {"kind": "val", "step": done, **scores}
-            self.log.write(row)
-            progress.message(_line(row))
+        if self._due(done) and not stop:
+            self._validate_and_save(done, single, progress)
+        else:
+            run.save(self.checkpointer, done, single)
         meter.restart()
-        if self.stop.requested and not last:
+        if self.stop.requested and not (last and self._validated(done)):
             self.checkpointer.wait()
             raise Preempted(
                 f"stopped by {self.stop.reason} after step {done}; the state is saved, "
                 "the same command goes on from there"
             )
+
+    def _due(self, done: int) -> bool:
+        train = self.options.train
+        return done == train.steps or bool(train.eval_every and done % train.eval_every == 0)
+
+    def _validated(self, done: int) -> bool:
+        if not self.split.val:
+            return True
+        return any(r.get("kind") == "val" and r.get("step") == done for r in self.log.rows())
+
+    def _catch_up(self, start: int, driver: Driver, state: PyTree, progress: Progress) -> None:
+        """Do the validation that a stopped run still owes for the step it stopped at."""
+        if start and self._due(start) and not self._validated(start):
+            self._validate_and_save(start, driver.fetch(state), progress)
+
+    def _validate_and_save(self, done: int, state: PyTree, progress: Progress) -> None:
+        """Save the state with its validation score; without one if a signal came meanwhile."""
+        scores = self._validate(state)
+        run.save(self.checkpointer, done, state, scores)
+        if scores is not None:
+            row = {"kind": "val", "step": done, **scores}
+            self.log.write(row)
+            progress.message(_line(row))
 
     def _validate(self, state: PyTree) -> dict[str, float] | None:
         if not self.split.val:
