@@ -1,7 +1,7 @@
 """The embedded default: phantoms written by `sss-jax data phantoms`, 3 classes.
 
 Command: make demo
-Hardware: 2 CPU cores, under 10 minutes for both methods.
+Hardware: 2 CPU cores.
 """
 
 from ml_collections import ConfigDict
