@@ -63,9 +63,9 @@ def test_eight_devices_take_the_step_of_one(results, name):
                 metrics[step][term], value, rtol=tolerance, atol=1e-6, err_msg=f"{term}, {step}"
             )
     # A device's share of the batch is convolved and summed in another order, and values next to the
-    # kink of a ReLU may fall on its other side. Measured: 1.1e-5 of the gradient as a whole and 2e-4
-    # of an array's own scale (DFE, finest level). Below 1e-6 of the whole lies what is zero by
-    # mathematics, such as the bias of every key.
+    # kink of a ReLU may fall on its other side. Measured: 1.1e-5 of the gradient as a whole, and
+    # 2e-4 of an array's own scale (DFE, finest level). Below 1e-6 of the whole lies what is zero
+    # by mathematics, such as the bias of every key.
     total = expected_metrics[0]["grad_norm"]
     squares = 0.0
     for path, value in jax.tree_util.tree_leaves_with_path(expected[0]):
