@@ -44,7 +44,6 @@ class PseudoLabels(NamedTuple):
     coarse_BSHWK: Float[Array, "B S h w K"]
     label_BSHW: Int[Array, "B S H W"]
     confidence_BSHW: Float[Array, "B S H W"]
-    prompts: Prompts
     prompts_valid: Float[Array, ""]
 
 
@@ -127,7 +126,6 @@ def make_pseudo_labels(
         coarse_BSHWK=coarse,
         label_BSHW=images_to_clips(jnp.argmax(probability, axis=-1), slices),
         confidence_BSHW=images_to_clips(jnp.max(probability, axis=-1), slices),
-        prompts=prompts,
         prompts_valid=prompts_valid,
     )
     return jax.lax.stop_gradient(pseudo)
@@ -142,7 +140,7 @@ def _search(
         return no_prompts(batch * slices, classes), jnp.zeros(())
     coarse_BSHWK = jax.lax.stop_gradient(coarse_BSHWK)
     prompts, found = volume_prompts(coarse_BSHWK, slice_mask_BS, image_size // width, options.pcsw)
-    return prompts, found.valid_S.any(axis=-1).astype(jnp.float32).mean()
+    return prompts, found.valid_BK.astype(jnp.float32).mean()
 
 
 def _prompts(

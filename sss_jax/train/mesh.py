@@ -31,7 +31,6 @@ class Driver(NamedTuple):
     place_batch: Any
     place_key: Any
     fetch: Any
-    state_sharding: Any
 
 
 def make_driver(
@@ -75,7 +74,7 @@ def _mesh_driver(
     def place_batch(batch: PyTree) -> PyTree:
         return jax.tree.map(lambda x: jax.make_array_from_process_local_data(split, x), batch)
 
-    return Driver(step, replicate, place_batch, replicate, lambda state: state, replicated)
+    return Driver(step, replicate, place_batch, replicate, lambda state: state)
 
 
 def _pmap_driver(
@@ -111,7 +110,7 @@ def _pmap_driver(
     def fetch(state: PyTree) -> PyTree:
         return jax.tree.map(lambda x: x.addressable_shards[0].data[0], state)
 
-    return Driver(step, copies, place_batch, copies, fetch, None)
+    return Driver(step, copies, place_batch, copies, fetch)
 
 
 def _check_divisible(options: Options, devices: int) -> None:
