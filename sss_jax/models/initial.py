@@ -59,7 +59,9 @@ def draw_all(key: Key[Array, ""], shapes: PyTree, std: dict[str, float]) -> PyTr
     values, start = [], 0
     for (drawn, mean, spread, shape), size in zip(rules, sizes, strict=True):
         piece = jax.lax.slice(stream, (start,), (start + size,))
-        values.append(piece.reshape(shape) * spread if drawn else jnp.full(shape, mean))
+        values.append(
+            piece.reshape(shape) * spread if drawn else jnp.full(shape, mean, jnp.float32)
+        )
         start += size
     return jax.tree.unflatten(tree, values)
 
