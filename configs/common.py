@@ -41,4 +41,10 @@ def from_scratch(config: ConfigDict, *, image_size: int, steps: int) -> ConfigDi
     config.optimizer.schedule = "cosine"
     config.optimizer.warmup_steps = 100
     config.train.steps = steps
+    # Short runs on few labels: at 0.95 no foreground pixel is ever trusted, and a teacher with a
+    # memory of 250 steps lags behind what the student knows.
+    config.semi.ema_decay = 0.99
+    config.semi.confidence = 0.7
+    config.semi.unlabelled_dice = True
+    config.semi.ramp_steps = 150
     return config

@@ -201,12 +201,13 @@ def restore_probabilities(prob_SHWK: Image, placement: Placement) -> Image:
     return np.moveaxis(np.matmul(np.matmul(rows, planes), columns.T), 1, -1)
 
 
-def restore_labels(prob_SHWK: Image, placement: Placement) -> Labels:
+def restore_labels(prob_SHWK: Image, placement: Placement, least: float = 0.0) -> Labels:
     """Return the most likely class of every voxel, in storage order and shape.
 
     Args:
         prob_SHWK: probabilities of the background and the classes, for every slice of the volume.
         placement: as `prepare` made it.
+        least: voxels whose largest probability is below it become background.
     """
     frame = placement.frame
     slices = frame.shape[frame.axes[0]]
@@ -215,6 +216,6 @@ def restore_labels(prob_SHWK: Image, placement: Placement) -> Labels:
     label = np.empty((slices, *placement.plane), np.uint8)
     # One slice at a time: all classes of a whole CT at native size need many gigabytes.
     for index in range(slices):
-        one = restore_probabilities(prob_SHWK[index : index + 1], placement)
-        label[index] = one[0].argmax(axis=-1)
+        one = restore_probabilities(prob_SHWK[index : index + 1], placement)[0]
+        label[index] = np.where(one.max(axis=-1) < least, 0, one.argmax(axis=-1))
     return np.ascontiguousarray(from_slices(label, frame))

@@ -84,9 +84,16 @@ def predict_example(
     function: VolumeFunction, params: PyTree, example: Example, options: Options
 ) -> np.ndarray:
     """Return the class of every voxel of a prepared volume, on the stored grid, as uint8."""
+    probability = predict_probability(function, params, example, options)
+    return restore_labels(probability, example.placement)
+
+
+def predict_probability(
+    function: VolumeFunction, params: PyTree, example: Example, options: Options
+) -> Float[np.ndarray, "S H W K1"]:
+    """Return the probabilities of background and classes for every slice, on the network's grid."""
     image, mask = pad_slices(example.image_SHW, options)
-    probability = np.asarray(function(params, image, mask))
-    return restore_labels(probability[: len(example.image_SHW)], example.placement)
+    return np.asarray(function(params, image, mask))[: len(example.image_SHW)]
 
 
 def pad_slices(image_SHW: np.ndarray, options: Options) -> tuple[np.ndarray, np.ndarray]:

@@ -100,9 +100,9 @@ def sss_loss(
 
     loss, aux = _labelled_loss(student, features, outputs[0], labelled, options, axis)
     if options.semi.enabled:
-        unlabelled, coverage = _unlabelled_loss(outputs[1:], pseudo, views, options, axis)
+        unlabelled, shares = _unlabelled_loss(outputs[1:], pseudo, views, options, axis)
         loss += options.semi.weight * _ramp(step, options.semi.ramp_steps) * unlabelled
-        aux |= {"loss_unlabelled": unlabelled, "coverage": coverage}
+        aux |= {"loss_unlabelled": unlabelled} | shares
         aux |= {"prompts_valid": pseudo.prompts_valid} | similarity
     return loss, aux
 
@@ -266,9 +266,14 @@ def _unlabelled_loss(
     views: UnlabelledViews,
     options: Options,
     axis: str | None,
-) -> tuple[Array, Array]:
-    """Average the consistency loss over the strong views; also return the coverage."""
-    total, coverage = jnp.zeros(()), jnp.zeros(())
+) -> tuple[Array, Aux]:
+    """Average the consistency loss over the strong views; also return the trusted shares.
+
+    `coverage` is the share of pixels with a confident pseudo-label, `coverage_foreground` that of
+    confident foreground: coverage near 1 with none of it foreground teaches nothing.
+    """
+    tau, total = options.semi.confidence, jnp.zeros(())
+    shares = {"coverage": jnp.zeros(()), "coverage_foreground": jnp.zeros(())}
     for output, view in zip(outputs, views.strong, strict=True):
         label, confidence, valid = (
             clips_to_images(mix(view.box_B4, x, axis))
@@ -280,13 +285,16 @@ def _unlabelled_loss(
             label,
             confidence,
             valid,
-            options.semi.confidence,
+            tau,
             dice=options.semi.unlabelled_dice,
             smooth=options.loss.smooth,
             axis=axis,
         )
-        coverage += losses.confident_share(confidence, valid, options.semi.confidence, axis)
-    return total / len(outputs), coverage / len(outputs)
+        foreground = jnp.where(label > 0, confidence, -1.0)
+        shares["coverage"] += losses.confident_share(confidence, valid, tau, axis)
+        shares["coverage_foreground"] += losses.confident_share(foreground, valid, tau, axis)
+    count = len(outputs)
+    return total / count, {name: share / count for name, share in shares.items()}
 
 
 def _ramp(step: Array, ramp_steps: int) -> Array:

@@ -2,15 +2,18 @@
 
 from collections.abc import Callable, Iterable
 
+import jax.numpy as jnp
 import numpy as np
 
 from sss_jax.axes import PyTree
 from sss_jax.data.cases import Case
+from sss_jax.data.examples import restore_labels
 from sss_jax.data.load import load_example
 from sss_jax.data.nifti import read_labels
 from sss_jax.errors import DataError
+from sss_jax.metrics.overlap import Counts, class_counts, dice
 from sss_jax.options import Options
-from sss_jax.ssl.volume import VolumeFunction, predict_example
+from sss_jax.ssl.volume import VolumeFunction, predict_probability
 
 
 def validate(
@@ -22,26 +25,25 @@ def validate(
 ) -> dict[str, float] | None:
     """Return the mean Dice over cases: `dice` over all classes and `dice_k` of each.
 
-    A class that is absent from reference and prediction of a case is not counted there. None if
-    `should_stop` said so on the way.
+    A class that is absent from reference and prediction of a case is not counted there. Training
+    with unlabelled cases adds how good the pseudo-labels of this network would be, on cases whose
+    truth is known: of the voxels that it calls foreground with confidence `semi.confidence`, the
+    share that is right (`pseudo_precision`); of the true foreground, the share that it finds so
+    (`pseudo_recall`). None if `should_stop` said so on the way.
     """
-    rows = []
+    scores, sure = [], []
     for case in cases:
         if should_stop():
             return None
         example = load_example(case, options.model, options.data)
-        predicted = predict_example(function, params, example, options)
+        probability = predict_probability(function, params, example, options)
         reference = read_reference(case, options)
-        rows.append(volume_dice(predicted, reference, options.model.num_classes))
-    table = np.array(rows)
-    counted = ~np.isnan(table)
-    per_class = np.where(
-        counted.any(axis=0),
-        np.nansum(table, axis=0) / np.maximum(counted.sum(axis=0), 1),
-        np.nan,
-    )
-    named = {f"dice_{k + 1}": float(value) for k, value in enumerate(per_class)}
-    return {"dice": float(np.nanmean(per_class)), **named}
+        predicted = restore_labels(probability, example.placement)
+        scores.append(dice(_counts(predicted, reference, options)))
+        if options.semi.enabled:
+            confident = restore_labels(probability, example.placement, options.semi.confidence)
+            sure.append(_counts(confident, reference, options))
+    return _mean_dice(np.array(scores)) | _pseudo_quality(sure)
 
 
 def read_reference(case: Case, options: Options) -> np.ndarray:
@@ -51,11 +53,26 @@ def read_reference(case: Case, options: Options) -> np.ndarray:
     return read_labels(case.label, options.model.num_classes, options.data.max_voxels).array
 
 
-def volume_dice(predicted: np.ndarray, reference: np.ndarray, num_classes: int) -> list[float]:
-    """Return the Dice of classes 1..K; NaN where a class is in neither volume."""
-    scores = []
-    for k in range(1, num_classes + 1):
-        a, b = predicted == k, reference == k
-        size = a.sum() + b.sum()
-        scores.append(2.0 * np.logical_and(a, b).sum() / size if size else float("nan"))
-    return scores
+def _counts(predicted: np.ndarray, reference: np.ndarray, options: Options) -> Counts:
+    return class_counts(jnp.asarray(predicted), jnp.asarray(reference), options.model.num_classes)
+
+
+def _mean_dice(table_NK: np.ndarray) -> dict[str, float]:
+    counted = ~np.isnan(table_NK)
+    total = np.where(counted, table_NK, 0.0).sum(axis=0)
+    per_class = np.where(counted.any(axis=0), total / np.maximum(counted.sum(axis=0), 1), np.nan)
+    named = {f"dice_{k + 1}": float(value) for k, value in enumerate(per_class)}
+    return {"dice": float(np.nanmean(per_class)), **named}
+
+
+def _pseudo_quality(counts: list[Counts]) -> dict[str, float]:
+    """Pool the foreground of all cases and classes; 0 where nothing is called foreground."""
+    if not counts:
+        return {}
+    found, called, real = (
+        sum(float(np.sum(part)) for part in parts) for parts in zip(*counts, strict=True)
+    )
+    return {
+        "pseudo_precision": found / max(called, 1.0),
+        "pseudo_recall": found / max(real, 1.0),
+    }
