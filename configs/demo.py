@@ -7,12 +7,14 @@ Hardware: 2 CPU cores.
 from ml_collections import ConfigDict
 
 from sss_jax.configs import common
+from sss_jax.data.anatomy import CLASS_NAMES
 
 
 def get_config(arg: str = "sss") -> ConfigDict:
     """Return the configuration; `arg` is the method."""
     config = common.from_scratch(common.base(arg), image_size=64, steps=400)
     config.model.num_classes = 3
+    config.data.class_names = CLASS_NAMES
     config.data.clip_slices = 4
     config.data.max_stride = 3
     config.weak.rot90_flip = 0.0

@@ -8,6 +8,7 @@ import csv
 import dataclasses
 import hashlib
 import io
+import json
 import math
 import os
 from collections.abc import Iterable, Sequence
@@ -18,6 +19,7 @@ import numpy as np
 
 from sss_jax.atomic import write_json, write_text
 from sss_jax.data.faults import FileFault, shown
+from sss_jax.data.folders import PREDICTION_STAMP
 from sss_jax.data.nifti import Volume, is_nifti, read_labels, stem
 from sss_jax.errors import ConfigError, DataError
 from sss_jax.metrics.scores import METRICS, Row, absent_row, score_case, summarise
@@ -123,7 +125,8 @@ def evaluate(
         output: folder for metrics.csv and summary.json; None writes nothing.
         num_classes: K; by default the number of names, else the largest label in any file.
         tolerance: distance that NSD forgives, mm (voxels where the size is unknown).
-        class_names: names of the classes 1..K.
+        class_names: names of the classes 1..K; by default, unless `num_classes` is given, those
+            that `predict` wrote beside the predictions.
         cases: names to compare, each with both files; by default all predictions.
 
     Returns:
@@ -133,6 +136,8 @@ def evaluate(
         ConfigError: names and number of classes disagree, or a tolerance below 0.
         DataError: files are missing, damaged or on different grids; all of them are listed.
     """
+    if class_names is None and num_classes is None:
+        class_names = _written_names(Path(pred_folder))
     if class_names is not None and num_classes not in (None, len(class_names)):
         raise ConfigError(f"{len(class_names)} class names for {num_classes} classes")
     if not (math.isfinite(tolerance) and tolerance >= 0):
@@ -150,6 +155,19 @@ def evaluate(
         write_text(Path(output) / "metrics.csv", _table(summary))
         write_json(Path(output) / "summary.json", summary.to_json())
     return summary
+
+
+def _written_names(pred_folder: Path) -> list[str] | None:
+    stamp = pred_folder / PREDICTION_STAMP
+    try:
+        return list(json.loads(stamp.read_text())["class_names"])
+    except FileNotFoundError:
+        return None
+    except (ValueError, KeyError, TypeError) as error:
+        raise DataError(
+            f"{shown(stamp)} does not name the classes ({error!r}); "
+            "predict again, or give the number of classes"
+        ) from error
 
 
 def _pair(

@@ -14,7 +14,8 @@ from sss_jax.atomic import write_json
 from sss_jax.axes import PyTree
 from sss_jax.data.cases import find_images, load_split
 from sss_jax.data.examples import Example, prepare
-from sss_jax.data.nifti import read_volume, write_labels
+from sss_jax.data.folders import PREDICTION_STAMP
+from sss_jax.data.nifti import read_volume, stem, write_labels
 from sss_jax.errors import CheckpointError, ConfigError, DataError
 from sss_jax.models.sss import build_model
 from sss_jax.options import Options
@@ -61,15 +62,24 @@ def load_predictor(workdir: Path, which: str = "best") -> Predictor:
     with Checkpointer(workdir / "checkpoints") as checkpointer:
         params, meta = checkpointer.load_params(which, entry)
     net = params["net"] if entry == "params" else params
-    origin = {"workdir": str(workdir.resolve()), "step": meta["step"], "weights": entry}
+    origin = {
+        "workdir": str(workdir.resolve()),
+        "step": meta["step"],
+        "weights": entry,
+        "class_names": _class_names(options),
+    }
     function = make_volume_function(build_model(options.model), options)
     return Predictor(options, jax.device_put(net), function, origin)
 
 
+def _class_names(options: Options) -> list[str]:
+    numbered = [f"class {k}" for k in range(1, options.model.num_classes + 1)]
+    return list(options.data.class_names) or numbered
+
+
 def target_name(source: Path) -> str:
     """Return the file name of a prediction: that of the input, always .nii.gz."""
-    stem = source.name.removesuffix(".gz").removesuffix(".nii")
-    return f"{stem}.nii.gz"
+    return f"{stem(source)}.nii.gz"
 
 
 def run_predict(
@@ -138,7 +148,7 @@ def _sources(source: Path, subset: str | None, options: Options) -> list[Path]:
 def _stamp(output: Path, predictor: Predictor) -> None:
     """Mark the folder with the weights it belongs to; refuse to mix two networks' labels."""
     output.mkdir(parents=True, exist_ok=True)
-    stamp = output / "predict.json"
+    stamp = output / PREDICTION_STAMP
     if stamp.is_file() and json.loads(stamp.read_text()) != predictor.origin:
         raise DataError(
             f"{output} holds predictions of other weights (see {stamp.name}); "

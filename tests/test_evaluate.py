@@ -9,6 +9,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 
+from sss_jax.data.folders import PREDICTION_STAMP
 from sss_jax.errors import ConfigError, DataError
 from sss_jax.evaluate import evaluate, plain_cell
 
@@ -206,6 +207,19 @@ def test_number_and_names_of_classes(folders):
     for wrong in (-1.0, math.nan, math.inf):
         with pytest.raises(ConfigError, match="tolerance"):
             evaluate(pred, ref, tolerance=wrong)
+
+
+def test_names_come_from_the_predictions_own_record(folders):
+    pred, ref, _ = folders
+    save(pred, "a", block())
+    save(ref, "a", block())
+    stamp = pred / PREDICTION_STAMP
+    stamp.write_text(json.dumps({"class_names": ["liver", "spleen"]}))
+    assert evaluate(pred, ref).class_names == ("liver", "spleen")
+    assert evaluate(pred, ref, num_classes=1).class_names == ("class 1",)
+    stamp.write_text("{}")
+    with pytest.raises(DataError, match=r"predict\.json does not name the classes"):
+        evaluate(pred, ref)
 
 
 def test_nothing_but_background_anywhere(folders):

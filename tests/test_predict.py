@@ -147,7 +147,9 @@ def test_a_run_folder_predicts(tmp_path):
     write_image(tmp_path / "image.nii.gz")
     output = tmp_path / "out"
     assert run_predict(workdir, tmp_path / "image.nii.gz", output) == {}
-    assert json.loads((output / "predict.json").read_text())["step"] == 1, "the best one"
+    stamp = json.loads((output / "predict.json").read_text())
+    assert stamp["step"] == 1, "the best one"
+    assert stamp["class_names"] == ["organ", "wall", "vessel"]
     assert nib.load(output / "image.nii.gz").shape == (20, 24, 9)
     with pytest.raises(DataError, match="other weights"):
         run_predict(workdir, tmp_path / "image.nii.gz", output, which="latest")

@@ -17,6 +17,9 @@ from typing import Any
 from sss_jax.data.faults import FileFault, Report, shown, stop
 from sss_jax.data.nifti import is_nifti, stem
 
+PREDICTION_STAMP = "predict.json"
+"""Beside predictions: the weights they come from, and the names of the classes."""
+
 _MAX_TEXT = 2**26
 _CHANNEL = re.compile(r"_\d{4}$")
 _SUBJECT_COLUMNS = ("subject", "patient")

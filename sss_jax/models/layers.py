@@ -140,11 +140,28 @@ def add_bias(x: Float[Array, "... C"], bias: Float[Array, " C"]) -> Float[Array,
     return x + bias.reshape((1,) * (x.ndim - 1) + bias.shape)
 
 
+def scale_by(x: Float[Array, "... C"], scale: Float[Array, " C"]) -> Float[Array, "... C"]:
+    """Multiply the last axis by a vector."""
+    return x * scale.reshape((1,) * (x.ndim - 1) + scale.shape)
+
+
+def layer_norm(
+    x: Float[Array, "... C"], scale: Float[Array, " C"], bias: Float[Array, " C"], epsilon: float
+) -> Float[Array, "... C"]:
+    """Normalise the last axis, scale and shift it; in float32 whatever comes in.
+
+    The variance is computed in two passes: the difference of moments cancels in float32.
+    """
+    x = x.astype(jnp.float32)
+    x = x - x.mean(axis=-1, keepdims=True)
+    inverse = jax.lax.rsqrt(jnp.square(x).mean(axis=-1, keepdims=True) + epsilon)
+    return add_bias(scale_by(x * inverse, scale), bias)
+
+
 class LayerNorm(nn.Module):
     """Normalisation over channels, with float32 statistics.
 
-    The variance is computed in two passes: the difference of moments cancels in float32. Linen's
-    own layer does not run in bfloat16 where types must be promoted explicitly.
+    Linen's own layer does not run in bfloat16 where types must be promoted explicitly.
 
     Attributes:
         dtype: computation type.
@@ -160,11 +177,7 @@ class LayerNorm(nn.Module):
         width = x.shape[-1:]
         scale = self.param("scale", initialiser("scale"), width)
         bias = self.param("bias", initialiser("bias"), width)
-        x = x.astype(jnp.float32)
-        x = x - x.mean(axis=-1, keepdims=True)
-        inverse = jax.lax.rsqrt(jnp.square(x).mean(axis=-1, keepdims=True) + self.epsilon)
-        shape = (1,) * (x.ndim - 1) + width
-        return (x * inverse * scale.reshape(shape) + bias.reshape(shape)).astype(self.dtype)
+        return layer_norm(x, scale, bias, self.epsilon).astype(self.dtype)
 
 
 class Dense(nn.Module):

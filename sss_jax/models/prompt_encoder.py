@@ -3,6 +3,8 @@
 Source: SAM (Kirillov et al. 2023) and SAM 2 (Ravi et al. 2024).
 """
 
+from typing import NamedTuple
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -14,6 +16,28 @@ from sss_jax.models.presets import Sam2Config
 
 POINT_KINDS = 4
 """Labels with an embedding: 0 negative click, 1 positive click, 2 and 3 box corners."""
+
+
+PADDING, CLICK, BOX_START, BOX_END = -1, 1, 2, 3
+
+
+class Prompts(NamedTuple):
+    """Prompt points of K classes (or objects) per image, as SAM 2 takes them.
+
+    Attributes:
+        points_BKQ2: (x, y) in pixels of the input image.
+        labels_BKQ: -1 padding, 0 and 1 negative and positive click, 2 and 3 box corners; all -1
+            where there is no prompt.
+    """
+
+    points_BKQ2: Float[Array, "B K Q 2"]
+    labels_BKQ: Int[Array, "B K Q"]
+
+
+def no_prompts(batch: int, classes: int, slots: int = 3) -> Prompts:
+    """Prompts of `batch` images where no class has one; by default as wide as box and centre."""
+    shape = (batch, classes, slots)
+    return Prompts(jnp.zeros((*shape, 2), jnp.float32), jnp.full(shape, PADDING, jnp.int32))
 
 
 def prompt_slots(labels_BKQ: Int[Array, "B K Q"]) -> Bool[Array, "B K Q"]:

@@ -3,51 +3,20 @@
 Source: SSS (Zhu et al. 2026).
 """
 
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from sss_jax.axes import Array, Float, Int, Key, PyTree
+from sss_jax.axes import Array, Float, Key, PyTree
 from sss_jax.models.coarse_head import CoarseHead
 from sss_jax.models.image_encoder import Features, normalise_image
 from sss_jax.models.initial import draw_all, initialiser
 from sss_jax.models.presets import Sam2Config, preset
+from sss_jax.models.prompt_encoder import Prompts, no_prompts
 from sss_jax.models.sam2 import Sam2
 from sss_jax.options import ModelOptions
-
-
-class PromptArrays(Protocol):
-    """What the network reads of the prompts of K classes per image.
-
-    Attributes:
-        points_BKQ2: (x, y) in input pixels.
-        labels_BKQ: -1 unused, 0 / 1 clicks, 2 / 3 box corners.
-    """
-
-    @property
-    def points_BKQ2(self) -> Float[Array, "B K Q 2"]:
-        """Points (x, y), input pixels."""
-        ...
-
-    @property
-    def labels_BKQ(self) -> Int[Array, "B K Q"]:
-        """Kinds of the points."""
-        ...
-
-
-class NoPrompts(NamedTuple):
-    """The simplest prompts: arrays as they are, or, from `no_prompts`, none at all."""
-
-    points_BKQ2: Float[Array, "B K Q 2"]
-    labels_BKQ: Int[Array, "B K Q"]
-
-
-def no_prompts(batch: int, classes: int, slots: int = 1) -> NoPrompts:
-    """Prompts of which every slot is unused, so that class tokens alone drive the decoder."""
-    shape = (batch, classes, slots)
-    return NoPrompts(jnp.zeros((*shape, 2)), jnp.full(shape, -1, jnp.int32))
 
 
 class SegmentOutput(NamedTuple):
@@ -94,7 +63,7 @@ class SSSModel(nn.Module):
         """Class logits of the coarse head at the finest level."""
         return self.coarse_head(features[0])
 
-    def segment(self, features: Features, prompts: PromptArrays) -> SegmentOutput:
+    def segment(self, features: Features, prompts: Prompts) -> SegmentOutput:
         """Decode all classes, each with its prompt and its class token.
 
         Differs from the paper: SAM-2 knows no classes, so each class is an object with a learned
@@ -114,7 +83,7 @@ class SSSModel(nn.Module):
         )
 
     def __call__(
-        self, image_BHW1: Float[Array, "B H W 1"], prompts: PromptArrays
+        self, image_BHW1: Float[Array, "B H W 1"], prompts: Prompts
     ) -> tuple[Float[Array, "B H W K1"], SegmentOutput]:
         """Coarse logits and segmentation; `init` on this creates every parameter."""
         if self.is_initializing():

@@ -85,15 +85,8 @@ def _init_level(key: Key[Array, ""], dim: int, scale: float) -> PyTree:
 
 def _norm_relu(params: PyTree, x: Array) -> Array:
     """LayerNorm over channels with float32 statistics, then ReLU."""
-    wide = x.astype(jnp.float32)
-    wide = wide - jnp.mean(wide, axis=-1, keepdims=True)
-    wide = wide * lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + _NORM_EPSILON)
-    scale, bias = _row(params["scale"], x.ndim), _row(params["bias"], x.ndim)
-    return jax.nn.relu(wide * scale + bias).astype(x.dtype)
-
-
-def _row(vector_D: Array, ndim: int) -> Array:
-    return vector_D.reshape((1,) * (ndim - 1) + vector_D.shape)
+    wide = layers.layer_norm(x, params["scale"], params["bias"], _NORM_EPSILON)
+    return jax.nn.relu(wide).astype(x.dtype)
 
 
 def project(
@@ -115,11 +108,11 @@ def project(
         padding="SAME",
         dimension_numbers=("NHWC", "HWIO", "NHWC"),
     )
-    conv = conv + _row(low["conv"]["bias"], conv.ndim)
+    conv = layers.add_bias(conv, low["conv"]["bias"])
     x = conv
     for layer in range(_LAYERS):
         linear = low[f"linear_{layer}"]
-        x = layers.linear(x, linear["kernel"]) + _row(linear["bias"], x.ndim)
+        x = layers.add_bias(layers.linear(x, linear["kernel"]), linear["bias"])
         if layer < _LAYERS - 1:
             x = _norm_relu(params[f"norm_{layer}"], x)
     return Projection(conv, x)

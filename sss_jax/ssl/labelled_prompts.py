@@ -5,13 +5,12 @@ import jax.numpy as jnp
 
 from sss_jax.augment.keys import example_keys
 from sss_jax.axes import Array, Float, Int, Key
+from sss_jax.models.prompt_encoder import Prompts, no_prompts
 from sss_jax.options import Options
 from sss_jax.ssl.prompts import (
-    Prompts,
     clips_to_images,
     images_to_clips,
     jitter,
-    no_prompts,
     select,
     to_prompts,
 )

@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 
 from sss_jax.axes import Array, Float, PyTree
+from sss_jax.models.prompt_encoder import Prompts
 from sss_jax.models.sss import SegmentOutput, SSSModel
-from sss_jax.ssl.prompts import Prompts
 
 Features = tuple[Array, ...]
 

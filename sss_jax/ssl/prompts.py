@@ -1,33 +1,10 @@
 """Prompts of the mask decoder: a box and its centre for each image and class."""
 
-from typing import NamedTuple
-
 import jax
 import jax.numpy as jnp
 
-from sss_jax.axes import Array, Bool, Float, Int, Key
-
-PADDING, BOX_START, BOX_END, CLICK = -1, 2, 3, 1
-
-
-class Prompts(NamedTuple):
-    """Prompt points of SAM 2 (Ravi et al. 2024): box corner, box corner, centre point.
-
-    Attributes:
-        points_BKQ2: (x, y) in pixels of the input image.
-        labels_BKQ: -1 padding, 1 click, 2 and 3 box corners; all -1 where a class has no prompt.
-    """
-
-    points_BKQ2: Float[Array, "B K 3 2"]
-    labels_BKQ: Int[Array, "B K 3"]
-
-
-def no_prompts(batch: int, classes: int) -> Prompts:
-    """Prompts of `batch` images where no class has one."""
-    return Prompts(
-        jnp.zeros((batch, classes, 3, 2), jnp.float32),
-        jnp.full((batch, classes, 3), PADDING, jnp.int32),
-    )
+from sss_jax.axes import Array, Bool, Float, Key
+from sss_jax.models.prompt_encoder import BOX_END, BOX_START, CLICK, PADDING, Prompts
 
 
 def to_prompts(

@@ -10,11 +10,11 @@ import numpy as np
 from sss_jax.axes import Array, Bool, Float, PyTree
 from sss_jax.data.examples import Example, restore_labels
 from sss_jax.losses import upsample_logits
+from sss_jax.models.prompt_encoder import Prompts, no_prompts
 from sss_jax.models.sss import SSSModel
 from sss_jax.options import Options
 from sss_jax.ssl.network import Network
 from sss_jax.ssl.pcsw import volume_prompts
-from sss_jax.ssl.prompts import Prompts, no_prompts
 
 VolumeFunction = Callable[[PyTree, Any, Any], Array]
 

@@ -19,12 +19,13 @@ import jax.numpy as jnp
 
 from sss_jax import losses
 from sss_jax.axes import Array, Bool, Float, Int, Key, PyTree
+from sss_jax.models.prompt_encoder import Prompts, no_prompts
 from sss_jax.models.sss import SegmentOutput, SSSModel
 from sss_jax.options import Options
 from sss_jax.ssl import dfe, dropout, labelled_prompts
 from sss_jax.ssl.network import Features, Network
 from sss_jax.ssl.pcsw import volume_prompts
-from sss_jax.ssl.prompts import Prompts, clips_to_images, images_to_clips, no_prompts
+from sss_jax.ssl.prompts import clips_to_images, images_to_clips
 from sss_jax.ssl.views import (
     LabelledView,
     UnlabelledViews,

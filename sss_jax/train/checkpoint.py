@@ -30,7 +30,7 @@ from sss_jax.train import step_folders as sf
 from sss_jax.train.identity import check_identity
 from sss_jax.train.manifest import Damage, Manifest
 
-__all__ = ["Checkpointer", "Restored", "check_identity", "set_aside"]
+__all__ = ["Checkpointer", "Restored", "check_identity"]
 
 _LOG = logging.getLogger(__name__)
 
@@ -350,17 +350,6 @@ class Checkpointer:
             f"checkpoint {self.folder / str(step)} is damaged: {damage}\n"
             f"Choose another step {others} or restore a backup."
         )
-
-
-def set_aside(folder: Any) -> Path | None:
-    """Rename a local checkpoint folder so that a run starts from scratch; None if there is none."""
-    path = Path(folder).absolute()
-    if not path.exists():
-        return None
-    number = 1
-    while (aside := path.with_name(f"{path.name}.old-{number}")).exists():
-        number += 1
-    return path.rename(aside)
 
 
 def _all_damaged(tried: list[str]) -> CheckpointError:

@@ -3,7 +3,6 @@
 import contextlib
 import json
 import logging
-import math
 import os
 import signal
 import socket
@@ -15,7 +14,6 @@ from types import FrameType
 from typing import Any, Self
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from sss_jax.axes import Array, Bool, PyTree
@@ -32,39 +30,12 @@ _LOG = logging.getLogger(__name__)
 # Finite numbers.
 
 
-def all_finite(tree: PyTree) -> Bool[Array, ""]:
-    """Whether every number of a pytree is finite; usable inside jit."""
-    flags = [jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(tree) if _is_inexact(leaf)]
-    return jnp.all(jnp.stack(flags)) if flags else jnp.array(True)
-
-
-def first_nonfinite(tree: PyTree) -> str | None:
-    """Path of the first leaf that holds a NaN or an infinity, or None; for the host."""
-    leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
-    leaves = [(path, leaf) for path, leaf in leaves if _is_inexact(leaf)]
-    flags = jax.device_get([jnp.all(jnp.isfinite(leaf)) for _, leaf in leaves])
-    bad = (path for (path, _), finite in zip(leaves, flags, strict=True) if not finite)
-    return next((jax.tree_util.keystr(p, simple=True, separator="/") for p in bad), None)
-
-
 def apply_if_finite(finite: Bool[Array, ""], new: PyTree, old: PyTree) -> PyTree:
     """Return `new` where `finite`, else `old`, leaf by leaf; usable inside jit.
 
     A select, not a product: a NaN in `new` does not leak into `old`.
     """
     return jax.tree.map(lambda a, b: jax.lax.select(finite, a, b), new, old)
-
-
-def _is_inexact(leaf: Any) -> bool:
-    return bool(jnp.issubdtype(jnp.result_type(leaf), jnp.inexact))
-
-
-def check_finite(metrics: Mapping[str, Any], step: int, names: Iterable[str] = ()) -> None:
-    """Raise `NonFiniteError` naming the step, the terms and the cases if a metric is not finite."""
-    terms = {key: float(value) for key, value in metrics.items()}
-    bad = [f"{key} {value}" for key, value in terms.items() if not math.isfinite(value)]
-    if bad:
-        raise _nonfinite(step, bad, names)
 
 
 def _nonfinite(step: int, terms: Iterable[str], names: Iterable[str]) -> NonFiniteError:

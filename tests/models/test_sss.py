@@ -10,7 +10,8 @@ import pytest
 from sss_jax.errors import ConfigError
 from sss_jax.models.image_encoder import normalise_image
 from sss_jax.models.initial import rule
-from sss_jax.models.sss import SSSModel, build_model, init_params, no_prompts
+from sss_jax.models.prompt_encoder import no_prompts
+from sss_jax.models.sss import SSSModel, build_model, init_params
 from sss_jax.options import ModelOptions
 
 OPTIONS = ModelOptions(preset="nano", image_size=16, num_classes=2, class_token_std=0.5)

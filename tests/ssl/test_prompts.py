@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from sss_jax.models.prompt_encoder import Prompts, no_prompts
 from sss_jax.ssl import prompts
-from sss_jax.ssl.prompts import Prompts
 
 SIZE = 32
 jitter = jax.jit(prompts.jitter, static_argnums=(2, 3))
@@ -38,12 +38,12 @@ def test_points_are_two_corners_and_a_click():
 def test_no_prompts_equal_invalid_ones():
     box, point, _ = some_prompts(1)
     invalid = prompts.to_prompts(box, point, jnp.zeros((4, 3), bool))
-    jax.tree.map(np.testing.assert_array_equal, prompts.no_prompts(4, 3), invalid)
+    jax.tree.map(np.testing.assert_array_equal, no_prompts(4, 3), invalid)
 
 
 def test_select_takes_each_class_from_its_side():
     one = prompts.to_prompts(*some_prompts(2)[:2], jnp.ones((4, 3), bool))
-    other = prompts.no_prompts(4, 3)
+    other = no_prompts(4, 3)
     condition = jnp.asarray(np.random.default_rng(3).random((4, 3)) < 0.5)
     got = prompts.select(condition, one, other)
     assert isinstance(got, Prompts)

@@ -24,7 +24,7 @@ from jax.sharding import PartitionSpec as P
 
 from sss_jax.errors import CheckpointError
 from sss_jax.train import array_files, manifest, step_folders
-from sss_jax.train.checkpoint import Checkpointer, check_identity, set_aside
+from sss_jax.train.checkpoint import Checkpointer, check_identity
 
 META = {"config": {"model": {"preset": "nano"}}, "seed": 7}
 OPTIMIZER = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-3))
@@ -298,15 +298,6 @@ def test_old_step_that_cannot_be_removed_does_not_stop_the_run(tmp_path, monkeyp
         checkpointer.wait()
         assert checkpointer.steps() == [1, 2]
     assert "stay: [Errno 13] Permission denied" in caplog.text
-
-
-def test_set_aside_keeps_the_old_steps(folder):
-    moved = set_aside(folder)
-    assert moved.name == "checkpoints.old-1"
-    assert (moved / "20").is_dir()
-    assert set_aside(folder) is None
-    folder.mkdir()
-    assert set_aside(folder).name == "checkpoints.old-2"
 
 
 # Damage.
