@@ -12,7 +12,7 @@ from sss_jax.data.anatomy import CLASS_NAMES
 
 def get_config(arg: str = "sss") -> ConfigDict:
     """Return the configuration; `arg` is the method."""
-    config = common.from_scratch(common.base(arg), image_size=64, steps=400)
+    config = common.from_scratch(common.base(arg), image_size=64, steps=300)
     config.model.num_classes = 3
     config.data.class_names = CLASS_NAMES
     config.data.clip_slices = 4

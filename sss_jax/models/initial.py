@@ -17,7 +17,14 @@ _STD = {
     "pos_embed": SMALL_STD,
     "pos_embed_window": SMALL_STD,
     "no_mem_embed": SMALL_STD,
+    "no_mem_pos_enc": SMALL_STD,
+    "maskmem_tpos_enc": SMALL_STD,
+    "no_obj_ptr": SMALL_STD,
+    "no_obj_embed_spatial": SMALL_STD,
 }
+
+# Constant leaves. A fuser block starts as (almost) the identity (Liu et al. 2022).
+_CONSTANT = {"bias": 0.0, "scale": 1.0, "gamma": 1e-6}
 
 
 def rule(name: str, shape: tuple[int, ...]) -> tuple[float, float]:
@@ -27,8 +34,8 @@ def rule(name: str, shape: tuple[int, ...]) -> tuple[float, float]:
     """
     if name == "kernel":
         return 0.0, 1 / math.sqrt(math.prod(shape[:-1]))
-    if name in ("bias", "scale"):
-        return float(name == "scale"), 0.0
+    if name in _CONSTANT:
+        return _CONSTANT[name], 0.0
     return 0.0, _STD[name]
 
 

@@ -54,7 +54,8 @@ class MaskDecoder(nn.Module):
         """Decode K objects per image.
 
         Args:
-            features: pyramid maps; the coarse one already conditioned on memory or its absence.
+            features: pyramid maps; the coarse one already conditioned on memory or its absence,
+                [B, h, w, D] or, where every object has its own memory, [B, K, h, w, D].
             dense: dense prompt embedding; axes B, J, h and w may be 1.
             position_hwD: positional encoding of the coarse grid.
             prompts_BKND: sparse prompt tokens.
@@ -66,10 +67,10 @@ class MaskDecoder(nn.Module):
         """
         c = self.config
         fine, mid, coarse = features
-        b, h, w, d = coarse.shape
-        k = prompts_BKND.shape[1]
+        b, k = prompts_BKND.shape[:2]
+        h, w, d = coarse.shape[-3:]
         tokens, valid = self._with_output_tokens(prompts_BKND, valid_BKN)
-        keys = coarse[:, None] + dense
+        keys = (coarse if coarse.ndim == 5 else coarse[:, None]) + dense
         keys = keys.reshape(b, -1, h * w, d)
         key_pe = position_hwD.reshape(1, 1, h * w, d).astype(c.compute_dtype)
         tokens, keys = TwoWayTransformer(c, name="transformer")(tokens, keys, key_pe, valid)

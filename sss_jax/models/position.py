@@ -56,6 +56,60 @@ def fourier_position(
     return jnp.concatenate([jnp.sin(angle), jnp.cos(angle)], axis=-1)
 
 
+def sine_position(height: int, width: int, channels: int) -> np.ndarray:
+    """Sine embedding [H * W, D] of a grid: half the channels for y, then half for x.
+
+    Sines and cosines alternate; positions run from 1 / n to 1, times 2 pi. Source: DETR (Carion et
+    al. 2020), as in SAM 2.
+    """
+    half = channels // 2
+    period = 10000.0 ** (2 * (np.arange(half) // 2) / half)
+
+    def axis(count: int) -> np.ndarray:
+        place = np.arange(1, count + 1) / (count + 1e-6) * 2 * np.pi
+        angle = place[:, None] / period[None]
+        return np.where(np.arange(half) % 2 == 0, np.sin(angle), np.cos(angle))
+
+    y = np.broadcast_to(axis(height)[:, None], (height, width, half))
+    x = np.broadcast_to(axis(width)[None], (height, width, half))
+    both = np.concatenate([y, x], axis=-1)
+    return both.reshape(height * width, channels).astype(np.float32)
+
+
+def sine_of_distance(distance: Float[Array, "..."], channels: int) -> Float[Array, "... D"]:
+    """Sine embedding of a number: all sines, then all cosines, float32."""
+    half = channels // 2
+    period = 10000.0 ** (2 * (np.arange(half) // 2) / half)
+    angle = distance[..., None].astype(jnp.float32) / jnp.asarray(period, jnp.float32).reshape(
+        (1,) * distance.ndim + (half,)
+    )
+    return jnp.concatenate([jnp.sin(angle), jnp.cos(angle)], axis=-1)
+
+
+def rotation(height: int, width: int, channels: int) -> tuple[np.ndarray, np.ndarray]:
+    """Cosines and sines [H * W, D / 2] of the axial rotary embedding of a grid.
+
+    The first half of the pairs turns with x, the second with y. Source: RoFormer (Su et al. 2021),
+    axial as in SAM 2.
+    """
+    quarter = channels // 4
+    frequency = 10000.0 ** (-4 * np.arange(quarter) / channels)
+    y, x = np.divmod(np.arange(height * width), width)
+    angle = np.concatenate([x[:, None] * frequency[None], y[:, None] * frequency[None]], axis=1)
+    return np.cos(angle).astype(np.float32), np.sin(angle).astype(np.float32)
+
+
+def rotate(
+    x: Float[Array, "... P D"], table: tuple[np.ndarray, np.ndarray]
+) -> Float[Array, "... P D"]:
+    """Turn every pair (channel i, channel i + D / 2) by the angle of its position, in float32."""
+    one, other = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    lead = (1,) * (x.ndim - 2)
+    cos, sin = (a.reshape(*lead, *a.shape) for a in table)
+    turned = jnp.concatenate([one * cos - other * sin, one * sin + other * cos], axis=-1)
+    return turned.astype(x.dtype)
+
+
 def pixel_centres(height: int, width: int) -> Float[Array, "H W 2"]:
     """Centres (x, y) of the cells of a grid over the unit square."""
     y = (jnp.arange(height, dtype=jnp.float32) + 0.5) / height

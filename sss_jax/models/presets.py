@@ -37,6 +37,13 @@ class Sam2Config:
         head_hidden: hidden width of the IoU head.
         mask_prompt_channels: channels inside the embedding of a mask prompt.
         multimasks: mask candidates beside the single mask.
+        version: "2.1" adds positions of object pointers and a memory of absence to "2.0".
+        memory: whether the network has the parts that remember other slices.
+        memory_width: M, channels of a memory.
+        memory_layers: layers of memory attention.
+        memory_mlp: their hidden width.
+        num_maskmem: slices that tracking remembers: this many less one, beside the prompted ones.
+        max_pointers: object pointers that tracking remembers, beside the prompted ones.
     """
 
     name: str = "tiny"
@@ -66,6 +73,14 @@ class Sam2Config:
     head_hidden: int = 256
     mask_prompt_channels: tuple[int, int] = (4, 16)
     multimasks: int = 3
+
+    version: str = "2.1"
+    memory: bool = True
+    memory_width: int = 64
+    memory_layers: int = 4
+    memory_mlp: int = 2048
+    num_maskmem: int = 7
+    max_pointers: int = 16
 
     @property
     def strides(self) -> tuple[int, int, int]:
@@ -107,6 +122,9 @@ _PRESETS: dict[str, dict[str, Any]] = {
         "decoder_mlp": 256,
         "upscale_channels": (32, 16),
         "head_hidden": 64,
+        "memory_width": 16,
+        "memory_layers": 2,
+        "memory_mlp": 256,
     },
     "tiny": {},
     "small": {"depths": (1, 2, 11, 2), "global_blocks": (7, 10, 13)},
@@ -127,10 +145,17 @@ _PRESETS: dict[str, dict[str, Any]] = {
 }
 
 PRESETS = tuple(_PRESETS)
+VERSIONS = ("2.0", "2.1")
 
 
 def preset(
-    name: str, image_size: int = 1024, dtype: str = "float32", remat: bool = False
+    name: str,
+    image_size: int = 1024,
+    dtype: str = "float32",
+    remat: bool = False,
+    *,
+    version: str = "2.1",
+    memory: bool = True,
 ) -> Sam2Config:
     """Look up a network size.
 
@@ -139,8 +164,16 @@ def preset(
     """
     if name not in _PRESETS:
         raise ConfigError(f"model.preset: no network {name!r}; choose one of {', '.join(PRESETS)}")
+    if version not in VERSIONS:
+        raise ConfigError(f"version {version!r} of SAM-2 is not one of {', '.join(VERSIONS)}")
     config = Sam2Config(
-        name=name, image_size=image_size, dtype=dtype, remat=remat, **_PRESETS[name]
+        name=name,
+        image_size=image_size,
+        dtype=dtype,
+        remat=remat,
+        version=version,
+        memory=memory,
+        **_PRESETS[name],
     )
     if image_size <= 0 or image_size % config.size_multiple:
         below = max(image_size // config.size_multiple, 1) * config.size_multiple

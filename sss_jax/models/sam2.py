@@ -1,23 +1,55 @@
-"""SAM-2: the image path.
+"""SAM-2: images, and volumes by memory.
 
 Source: SAM 2 (Ravi et al. 2024). Submodules carry the names of the official checkpoints, with
 `name.0` written `name_0`, so that weights map by rule: linear and convolution weights are
 `kernel`, normalisation weights `scale`, tables `embedding`.
 """
 
+from typing import NamedTuple
+
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 
-from sss_jax.axes import Array, Float, Int
+from sss_jax.axes import Array, Bool, Float, Int
+from sss_jax.models import layers, position
 from sss_jax.models.image_encoder import Features, ImageEncoder
 from sss_jax.models.initial import initialiser
 from sss_jax.models.mask_decoder import MaskDecoder, MaskOutput
+from sss_jax.models.memory_attention import MemoryAttention, MemoryKeys
+from sss_jax.models.memory_bank import MemoryBank, Reach, empty_bank, reach
+from sss_jax.models.memory_encoder import MemoryEncoder
 from sss_jax.models.presets import Sam2Config
 from sss_jax.models.prompt_encoder import PromptEncoder
 
+NO_OBJECT = -1024.0
+"""Mask logit everywhere where the object is absent."""
+
+MASK_PROMPT_LOGIT = 10.0
+"""Logit of a pixel inside a mask prompt; outside its negative."""
+
+STABILITY_SHIFT, STABILITY = 0.05, 0.98
+"""A mask is stable if moving its threshold by the shift keeps this share of its area."""
+
+
+class Prediction(NamedTuple):
+    """The mask chosen for each of K objects.
+
+    Attributes:
+        logits_BKHW: mask logits at four times the coarse grid.
+        iou_BK: estimated intersection over union.
+        object_score_BK: logit that the object is present.
+        pointer_BKD: object pointer, what other slices remember of the object as a whole.
+    """
+
+    logits_BKHW: Float[Array, "B K H W"]
+    iou_BK: Float[Array, "B K"]
+    object_score_BK: Float[Array, "B K"]
+    pointer_BKD: Float[Array, "B K D"]
+
 
 class Sam2(nn.Module):
-    """Promptable segmentation of images.
+    """Promptable segmentation of images and volumes.
 
     Attributes:
         config: network shape.
@@ -31,7 +63,29 @@ class Sam2(nn.Module):
         self.image_encoder = ImageEncoder(c)
         self.sam_prompt_encoder = PromptEncoder(c)
         self.sam_mask_decoder = MaskDecoder(c)
-        self.no_mem_embed = self.param("no_mem_embed", initialiser("no_mem_embed"), (1, 1, c.width))
+        self.no_mem_embed = self._table("no_mem_embed", (1, 1, c.width))
+        if c.memory:
+            self._setup_memory()
+
+    def _setup_memory(self) -> None:
+        c = self.config
+        self.memory_attention = MemoryAttention(c)
+        self.memory_encoder = MemoryEncoder(c)
+        self.obj_ptr_proj = layers.MLP((c.width,) * 3, jax.nn.relu, c.compute_dtype)
+        shrink = c.strides[2] // 4  # from pixels to the grid of mask prompts
+        self.mask_downsample = layers.Conv(1, shrink, c.compute_dtype, stride=shrink)
+        self.maskmem_tpos_enc = self._table(
+            "maskmem_tpos_enc", (c.num_maskmem, 1, 1, c.memory_width)
+        )
+        # Part of every checkpoint, used by nobody.
+        self.no_mem_pos_enc = self._table("no_mem_pos_enc", (1, 1, c.width))
+        self.no_obj_ptr = self._table("no_obj_ptr", (1, c.width))
+        if c.version == "2.1":
+            self.obj_ptr_tpos_proj = layers.Dense(c.memory_width, c.compute_dtype)
+            self.no_obj_embed_spatial = self._table("no_obj_embed_spatial", (1, c.memory_width))
+
+    def _table(self, name: str, shape: tuple[int, ...]) -> Array:
+        return self.param(name, initialiser(name), shape)
 
     def encode_image(self, image_BHWC: Float[Array, "B H W 3"]) -> Features:
         """Encode standardised images, whose sides are multiples of `config.size_multiple`.
@@ -60,7 +114,7 @@ class Sam2(nn.Module):
         """Segment K objects per image in one batch that shares the image's features.
 
         Args:
-            features: pyramid maps of `encode_image`.
+            features: pyramid maps of `encode_image`, or of `attend_memory`.
             points_BKQ2: (x, y) in input pixels.
             labels_BKQ: -1 unused, 0 / 1 clicks, 2 / 3 box corners. Unused slots do not change the
                 result; an object without any used slot is decoded as SAM-2 does without prompt.
@@ -71,7 +125,7 @@ class Sam2(nn.Module):
                 of "no memory" is added to it.
         """
         fine, mid, coarse = features
-        height, width = (side * self.config.strides[2] for side in coarse.shape[1:3])
+        height, width = (side * self.config.strides[2] for side in coarse.shape[-3:-1])
         encoder = self.sam_prompt_encoder
         tokens, valid = encoder.points(points_BKQ2, labels_BKQ, (height, width))
         if token_bias_BKD is not None:
@@ -79,8 +133,168 @@ class Sam2(nn.Module):
         if not memory_conditioned:
             coarse = coarse + self.no_mem_embed[None].astype(coarse.dtype)
         dense = encoder.no_mask() if masks_BKHW is None else encoder.masks(masks_BKHW)
-        position = encoder.dense_position(*coarse.shape[1:3])
-        return self.sam_mask_decoder((fine, mid, coarse), dense, position, tokens, valid, single)
+        place = encoder.dense_position(*coarse.shape[-3:-1])
+        return self.sam_mask_decoder((fine, mid, coarse), dense, place, tokens, valid, single)
+
+    def predict(
+        self,
+        features: Features,
+        points_BKQ2: Float[Array, "B K Q 2"],
+        labels_BKQ: Int[Array, "B K Q"],
+        masks_BKHW: Float[Array, "B K H W"] | None = None,
+        *,
+        multimask: bool | Bool[Array, "B K"],
+        fall_back: bool = True,
+        memory_conditioned: bool = False,
+    ) -> Prediction:
+        """Decode and choose one mask per object.
+
+        Args:
+            features: as for `decode`.
+            points_BKQ2: as for `decode`.
+            labels_BKQ: as for `decode`.
+            masks_BKHW: as for `decode`.
+            multimask: take the best of the three candidates; else the single mask. SAM-2 does so
+                for up to one point, where the prompt is ambiguous.
+            fall_back: give up a single mask that is not stable for the best candidate.
+            memory_conditioned: as for `decode`.
+
+        Source: SAM 2 (Ravi et al. 2024), appendix D.
+        """
+        output = self.decode(
+            features,
+            points_BKQ2,
+            labels_BKQ,
+            None,
+            masks_BKHW,
+            memory_conditioned=memory_conditioned,
+        )
+        best_BK = 1 + jnp.argmax(output.iou_BKM[..., 1:], axis=-1)
+        multimask = jnp.broadcast_to(multimask, best_BK.shape)
+        single = output.logits_BKMHW[:, :, 0]
+        keep_BK = _stable(single) if fall_back else jnp.ones(best_BK.shape, bool)
+        mask_BK = jnp.where(multimask | ~keep_BK, best_BK, 0)
+        # The pointer of a single mask is always that of token 0, even where another mask was taken.
+        token_BK = jnp.where(multimask, best_BK, 0)
+        present_BK = output.object_score_BK > 0
+        logits = _choose(output.logits_BKMHW, mask_BK)
+        logits = jnp.where(present_BK[..., None, None], logits, NO_OBJECT)
+        return Prediction(
+            logits,
+            _choose(output.iou_BKM, mask_BK),
+            output.object_score_BK,
+            self._pointer(_choose(output.tokens_BKMD, token_BK), present_BK),
+        )
+
+    def adopt_mask(self, features: Features, mask_BKHW: Float[Array, "B K H W"]) -> Prediction:
+        """Take masks as they are instead of decoding; only the pointers come from the decoder.
+
+        Args:
+            features: pyramid maps of `encode_image`.
+            mask_BKHW: 1 inside, 0 outside, at the resolution of the input image.
+        """
+        b, k, height, width = mask_BKHW.shape
+        coarse = features[2]
+        grid = (4 * coarse.shape[-3], 4 * coarse.shape[-2])
+        logits = (2 * mask_BKHW - 1) * MASK_PROMPT_LOGIT
+        low = jax.image.resize(logits, (b, k, *grid), "linear", antialias=True)
+        present_BK = jnp.any(mask_BKHW > 0, axis=(2, 3))
+        flat = mask_BKHW.reshape(b * k, height, width, 1).astype(self.config.compute_dtype)
+        prompt = self.mask_downsample(flat).reshape(b, k, *grid)
+        points = jnp.zeros((b, k, 1, 2)), jnp.full((b, k, 1), -1, jnp.int32)
+        # The map enters the decoder as it is, without the embedding of "no memory".
+        output = self.decode(features, *points, None, prompt, single=True, memory_conditioned=True)
+        sure_BK = output.object_score_BK > 0
+        pointer = self._pointer(output.tokens_BKMD[:, :, 0], sure_BK)
+        pointer = self._absent(pointer, present_BK)
+        score = jnp.where(present_BK, MASK_PROMPT_LOGIT, -MASK_PROMPT_LOGIT)
+        return Prediction(low, jnp.ones((b, k)), score, pointer)
+
+    def _pointer(self, token_BKD: Array, present_BK: Array) -> Float[Array, "B K D"]:
+        return self._absent(self.obj_ptr_proj(token_BKD), present_BK)
+
+    def _absent(self, pointer_BKD: Array, present_BK: Array) -> Float[Array, "B K D"]:
+        absent = self.no_obj_ptr[None].astype(pointer_BKD.dtype)
+        return jnp.where(present_BK[..., None], pointer_BKD, absent)
+
+    def encode_memory(
+        self,
+        coarse_BHWD: Float[Array, "B h w D"],
+        logits_BKHW: Float[Array, "B K H W"],
+        object_score_BK: Float[Array, "B K"],
+        *,
+        binary: bool | Bool[Array, "B K"],
+    ) -> Float[Array, "B K P M"]:
+        """Encode the masks of a slice as memories.
+
+        Args:
+            coarse_BHWD: coarse features as `encode_image` gives them.
+            logits_BKHW: masks at four times the coarse grid.
+            object_score_BK: presence of the objects.
+            binary: remember the thresholded mask, as SAM-2 does for prompted slices; else the
+                probabilities.
+        """
+        b, k = logits_BKHW.shape[:2]
+        size = tuple(side * self.config.strides[2] for side in coarse_BHWD.shape[1:3])
+        full = jax.image.resize(logits_BKHW, (b, k, *size), "bilinear")
+        binary = jnp.broadcast_to(binary, (b, k))[..., None, None]
+        mask = jnp.where(binary, (full > 0).astype(jnp.float32), jax.nn.sigmoid(full))
+        memory = self.memory_encoder(coarse_BHWD, mask)
+        memory = memory.reshape(b, k, -1, memory.shape[-1])
+        if self.config.version == "2.0":
+            return memory
+        absent = (object_score_BK <= 0)[..., None, None]
+        extra = self.no_obj_embed_spatial[None, None].astype(memory.dtype)
+        return jnp.where(absent, memory + extra, memory)
+
+    def attend_memory(
+        self,
+        features: Features,
+        bank: MemoryBank,
+        index: Int[Array, ""],
+        num_slices: Int[Array, ""],
+        backwards: bool | Bool[Array, ""],
+    ) -> Features:
+        """Condition the coarse map of slice `index` on what the bank holds of each object.
+
+        Returns:
+            The features with a coarse map per object, [B, K, h, w, D].
+        """
+        fine, mid, coarse = features
+        seen = reach(bank, self.config, index, num_slices, jnp.asarray(backwards))
+        keys = self._memory_keys(bank, seen, (coarse.shape[1], coarse.shape[2]))
+        return fine, mid, self.memory_attention(coarse, keys)
+
+    def _memory_keys(self, bank: MemoryBank, seen: Reach, grid: tuple[int, int]) -> MemoryKeys:
+        c = self.config
+        memory, dtype = bank.memory_BKLPM, c.compute_dtype
+        b, k, slots, positions, m = memory.shape
+        place = jnp.asarray(position.sine_position(*grid, m)).astype(dtype)
+        time = self.maskmem_tpos_enc[:, 0, 0][seen.memory_age_BKL].astype(dtype)
+        key = memory + place[None, None, None] + time[:, :, :, None]
+        pieces = c.width // m
+        pointers = bank.pointer_BKRD.reshape(b, k, -1, m)
+        when = jnp.repeat(self._pointer_time(seen.pointer_distance_BKR), pieces, axis=2)
+        valid = jnp.concatenate(
+            [
+                jnp.repeat(seen.memory_valid_BKL, positions, axis=2),
+                jnp.repeat(seen.pointer_valid_BKR, pieces, axis=2),
+            ],
+            axis=2,
+        )
+        flat = (b, k, slots * positions, m)
+        return MemoryKeys(
+            jnp.concatenate([memory.reshape(flat), pointers], axis=2),
+            jnp.concatenate([key.reshape(flat), pointers + when], axis=2),
+            valid,
+            slots * positions,
+        )
+
+    def _pointer_time(self, distance_BKR: Array) -> Float[Array, "B K R M"]:
+        c = self.config
+        if c.version == "2.0":
+            return jnp.zeros((*distance_BKR.shape, c.memory_width), c.compute_dtype)
+        return self.obj_ptr_tpos_proj(position.sine_of_distance(distance_BKR, c.width))
 
     def __call__(
         self,
@@ -94,4 +308,30 @@ class Sam2(nn.Module):
             b, h, w, _ = features[2].shape
             empty = jnp.zeros((b, labels_BKQ.shape[1], 4 * h, 4 * w))
             self.decode(features, points_BKQ2, labels_BKQ, masks_BKHW=empty)
+            if self.config.memory:
+                self._touch_memory(features, labels_BKQ.shape[1])
         return self.decode(features, points_BKQ2, labels_BKQ)
+
+    def _touch_memory(self, features: Features, objects: int) -> None:
+        """Create the parameters of the memory."""
+        b, h, w, _ = features[2].shape
+        side = self.config.strides[2]
+        mask = jnp.zeros((b, objects, h * side, w * side))
+        taken = self.adopt_mask(features, mask)
+        self.encode_memory(features[2], taken.logits_BKHW, taken.object_score_BK, binary=True)
+        bank = empty_bank(self.config, b, objects, h * w, 1)
+        zero = jnp.zeros((), jnp.int32)
+        self.attend_memory(features, bank, zero, zero, False)
+
+
+def _stable(logits_BKHW: Array) -> Bool[Array, "B K"]:
+    """Whether a mask hardly depends on its threshold."""
+    inner = jnp.sum(logits_BKHW > STABILITY_SHIFT, axis=(2, 3)).astype(jnp.float32)
+    outer = jnp.sum(logits_BKHW > -STABILITY_SHIFT, axis=(2, 3)).astype(jnp.float32)
+    return (outer == 0) | (inner >= STABILITY * outer)
+
+
+def _choose(values_BKM: Array, index_BK: Array) -> Array:
+    """Take one of M candidates for each object."""
+    index = index_BK.reshape(*index_BK.shape, *(1,) * (values_BKM.ndim - 2))
+    return jnp.take_along_axis(values_BKM, index, axis=2)[:, :, 0]

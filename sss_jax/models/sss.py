@@ -94,7 +94,7 @@ class SSSModel(nn.Module):
 
 def build_model(options: ModelOptions) -> SSSModel:
     """Make the network that `options` describe."""
-    config = preset(options.preset, options.image_size, options.dtype, options.remat)
+    config = preset(options.preset, options.image_size, options.dtype, options.remat, memory=False)
     return SSSModel(config, options.num_classes, options.class_token_std)
 
 

@@ -21,6 +21,14 @@ ENCODER = {
     "large": (212_149_296, 553_984),
 }
 DECODER, PROMPTS, FREQUENCIES = 4_215_109, 6_220, 256
+MEMORY_ATTENTION, MEMORY_ENCODER = 5_922_304, 1_384_608
+TOTAL = {
+    "tiny": 38_962_498,
+    "small": 46_060_354,
+    "base_plus": 80_850_178,
+    "large": 224_446_642,
+}
+ONLY_2_1 = 16_512
 
 
 def linear(name, n_in, n_out):
@@ -103,6 +111,36 @@ def official_prompt_encoder():
     return {f"sam_prompt_encoder.{name}": shape for name, shape in names.items()}
 
 
+def official_memory(version):
+    names = norm("memory_attention.norm", 256)
+    for i in range(4):
+        layer = f"memory_attention.layers.{i}"
+        for part, keys in (("self_attn", 256), ("cross_attn_image", 64)):
+            names |= linear(f"{layer}.{part}.q_proj", 256, 256)
+            names |= linear(f"{layer}.{part}.k_proj", keys, 256)
+            names |= linear(f"{layer}.{part}.v_proj", keys, 256)
+            names |= linear(f"{layer}.{part}.out_proj", 256, 256)
+        names |= linear(f"{layer}.linear1", 256, 2048) | linear(f"{layer}.linear2", 2048, 256)
+        for j in range(1, 4):
+            names |= norm(f"{layer}.norm{j}", 256)
+    down = "memory_encoder.mask_downsampler.encoder"
+    for i, (n_in, n_out) in enumerate(itertools.pairwise((1, 4, 16, 64, 256))):
+        names |= conv(f"{down}.{3 * i}", n_in, n_out, 3) | norm(f"{down}.{3 * i + 1}", n_out)
+    names |= conv(f"{down}.12", 256, 256, 1) | conv("memory_encoder.pix_feat_proj", 256, 256, 1)
+    for i in range(2):
+        block = f"memory_encoder.fuser.layers.{i}"
+        names |= {f"{block}.dwconv.weight": (256, 1, 7, 7), f"{block}.dwconv.bias": (256,)}
+        names |= norm(f"{block}.norm", 256) | linear(f"{block}.pwconv1", 256, 1024)
+        names |= linear(f"{block}.pwconv2", 1024, 256) | {f"{block}.gamma": (256,)}
+    names |= conv("memory_encoder.out_proj", 256, 64, 1) | mlp("obj_ptr_proj", *[256] * 4)
+    names |= conv("mask_downsample", 1, 1, 4)
+    names |= {"maskmem_tpos_enc": (7, 1, 1, 64), "no_obj_ptr": (1, 256)}
+    names |= {"no_mem_embed": (1, 1, 256), "no_mem_pos_enc": (1, 1, 256)}
+    if version == "2.1":
+        names |= linear("obj_ptr_tpos_proj", 256, 64) | {"no_obj_embed_spatial": (1, 64)}
+    return names
+
+
 def converted(official):
     """The naming rule: numbers join the name before them, weights are named after their use."""
     ours = {}
@@ -120,18 +158,18 @@ def converted(official):
             parts[-1] = "embedding" if table else "scale" if len(shape) == 1 else "kernel"
         if parts[-1].startswith("pos_embed"):
             shape = (shape[0], *shape[2:], shape[1])
-        elif len(shape) == 4 and parts[-2].startswith("output_upscaling"):
-            shape = (*shape[2:], shape[0], shape[1])
-        elif len(shape) == 4:
-            shape = (*shape[2:], shape[1], shape[0])
+        elif len(shape) == 4 and parts[-1] == "kernel":
+            transposed = parts[-2].startswith("output_upscaling")
+            lead = shape[:2] if transposed else shape[1::-1]
+            shape = (*shape[2:], *lead)
         elif parts[-1] == "kernel":
             shape = shape[::-1]
         ours["/".join(parts)] = shape
     return ours
 
 
-def shapes(name):
-    model = Sam2(preset(name))
+def shapes(name, **options):
+    model = Sam2(preset(name, **options))
     side = model.config.size_multiple
     image = jnp.zeros((1, side, side, 3))
     points, labels = jnp.zeros((1, 1, 1, 2)), jnp.zeros((1, 1, 1), jnp.int32)
@@ -144,18 +182,30 @@ def count(found, prefix):
     return sum(math.prod(shape) for name, shape in found.items() if name.startswith(prefix))
 
 
+@pytest.mark.parametrize("version", ["2.0", "2.1"])
 @pytest.mark.parametrize("name", ENCODER)
-def test_published_counts_names_and_shapes(name):
-    found = shapes(name)
+def test_published_counts_names_and_shapes(name, version):
+    found = shapes(name, version=version)
     trunk, neck = ENCODER[name]
     assert count(found, "image_encoder/trunk/") == trunk
     assert count(found, "image_encoder/neck/") == neck
     assert count(found, "sam_mask_decoder/") == DECODER
     assert count(found, "sam_prompt_encoder/") == PROMPTS + FREQUENCIES
+    assert count(found, "memory_attention/") == MEMORY_ATTENTION
+    assert count(found, "memory_encoder/") == MEMORY_ENCODER
+    total = TOTAL[name] - (ONLY_2_1 if version == "2.0" else 0)
+    assert count(found, "") == total + FREQUENCIES
     config = preset(name)
     official = official_encoder(config.embed_dim, config.depths, config.pos_table)
     official |= official_decoder() | official_prompt_encoder()
-    assert found == converted(official) | {"no_mem_embed": (1, 1, 256)}
+    assert found == converted(official | official_memory(version))
+
+
+def test_without_memory_the_rest_is_the_same():
+    every = shapes("tiny")
+    image = shapes("tiny", memory=False)
+    assert image.items() < every.items()
+    assert not any("memory" in name or "ptr" in name for name in image)
 
 
 def test_nano_is_small():

@@ -23,6 +23,9 @@ CONFIG = Sam2Config(
     decoder_mlp=32,
     upscale_channels=(8, 4),
     head_hidden=16,
+    memory_width=4,
+    memory_layers=1,
+    memory_mlp=16,
 )
 MODEL = Sam2(CONFIG)
 B, K, Q = 2, 3, 3

@@ -106,7 +106,7 @@ def our_params(arrays):
 
 def reference(name, size):
     """transformers' model with random weights that look trained: no zeros, no ones."""
-    config = preset(name, size)
+    config = preset(name, size, memory=False)
     widths = [config.embed_dim * 2**i for i in range(4)]
     backbone = transformers.Sam2HieraDetConfig(
         hidden_size=config.embed_dim,

@@ -1,0 +1,225 @@
+"""Memory attention: the features of a slice look at themselves and at remembered slices.
+
+Source: SAM 2 (Ravi et al. 2024), section 4. Axes: J is 1 while all K objects still share the
+features, and K afterwards; P positions of the coarse grid; L memory slots; R object pointers; M
+channels of a memory.
+Differs from the paper: without the dropout that SAM 2 was trained with.
+"""
+
+from typing import NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from sss_jax.axes import Array, Bool, Float
+from sss_jax.models import layers, position
+from sss_jax.models.initial import initialiser
+from sss_jax.models.presets import Sam2Config
+
+EPSILON = 1e-5
+POSITION_SHARE = 0.1
+"""Weight of the positional encoding that is added to the features."""
+
+QUERY_BLOCK = 512
+"""Queries that look at the memory at once: their logits stay in the cache of a CPU."""
+
+_OFF = -1e30  # logit of a key that is switched off
+
+Rotation = tuple[np.ndarray, np.ndarray]
+
+
+class MemoryKeys(NamedTuple):
+    """What is remembered, laid out for attention.
+
+    Attributes:
+        value_BKNM: memories of all slots, position by position, then the pieces of the pointers.
+        key_BKNM: the same with the positions in space and time added.
+        valid_BKN: keys that exist; at least one of every object must.
+        spatial: how many of the N keys lie on the coarse grid, a multiple of P; static.
+    """
+
+    value_BKNM: Float[Array, "B K N M"]
+    key_BKNM: Float[Array, "B K N M"]
+    valid_BKN: Bool[Array, "B K N"]
+    spatial: int
+
+
+class RotaryDense(nn.Module):
+    """Linear layer whose output channels are reordered: even ones first, then odd ones.
+
+    SAM-2 rotates neighbouring channels. Dot products do not depend on the order of the channels,
+    and halves are rotated without a shuffle, so the small kernel is reordered in their place.
+
+    Attributes:
+        features: output channels.
+        dtype: computation type.
+    """
+
+    features: int
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "... C"]) -> Float[Array, "... E"]:
+        """Apply to the last axis."""
+        kernel = self.param("kernel", initialiser("kernel"), (x.shape[-1], self.features))
+        bias = self.param("bias", initialiser("bias"), (self.features,))
+        halves = jnp.concatenate([kernel[:, ::2], kernel[:, 1::2]], axis=1)
+        shift = jnp.concatenate([bias[::2], bias[1::2]])
+        x, halves, shift = (a.astype(self.dtype) for a in (x, halves, shift))
+        return layers.add_bias(layers.linear(x, halves), shift)
+
+
+class RotaryAttention(nn.Module):
+    """Attention with one head and axial rotary positions.
+
+    The value projection follows the weighted sum instead of preceding it: the weights sum to 1, so
+    the result is the same, and memories are four times narrower than the features.
+
+    Attributes:
+        width: D, channels of the features.
+        dtype: computation type.
+    """
+
+    width: int
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(
+        self,
+        q: Float[Array, "B J P D"],
+        k: Float[Array, "B K N C"],
+        v: Float[Array, "B K N C"],
+        table: Rotation,
+        valid: Bool[Array, "B K N"] | None = None,
+        rotated: int | None = None,
+    ) -> Float[Array, "B K P D"]:
+        """Attend; the first `rotated` keys (default: all) lie on the grid, tiled if there are more.
+
+        Keys that are not `valid` do not take part.
+        """
+        q = RotaryDense(self.width, self.dtype, name="q_proj")(q)
+        k = RotaryDense(self.width, self.dtype, name="k_proj")(k)
+        q = position.rotate(q, table)
+        k = _rotate_keys(k, table, k.shape[2] if rotated is None else rotated)
+        y = blockwise_attention(q * self.width**-0.5, k, v.astype(self.dtype), valid)
+        y = layers.Dense(self.width, self.dtype, name="v_proj")(y)
+        return layers.Dense(self.width, self.dtype, name="out_proj")(y)
+
+
+def _rotate_keys(k_BKND: Array, table: Rotation, rotated: int) -> Array:
+    b, j, _, d = k_BKND.shape
+    grid = k_BKND[:, :, :rotated].reshape(b, j, -1, table[0].shape[0], d)
+    turned = position.rotate(grid, table).reshape(b, j, rotated, d)
+    if rotated == k_BKND.shape[2]:
+        return turned
+    return jnp.concatenate([turned, k_BKND[:, :, rotated:]], axis=2)
+
+
+def blockwise_attention(
+    q: Float[Array, "B J P D"],
+    k: Float[Array, "B K N D"],
+    v: Float[Array, "B K N M"],
+    valid: Bool[Array, "B K N"] | None = None,
+) -> Float[Array, "B K P M"]:
+    """Softmax attention of scaled queries, a block of queries at a time; float32 statistics.
+
+    Neither the forward nor the backward pass ever holds the whole matrix of weights. The sum of
+    the weights is a column of the product with the values, not another pass over them.
+    """
+    b, heads = k.shape[:2]
+    q = jnp.broadcast_to(q, (b, heads, *q.shape[2:]))
+    if valid is not None:
+        # All objects see the same keys of a slice, so an empty slot is masked by its bias alone.
+        bias = jnp.where(valid, 0.0, _OFF)[:, :, None]
+    else:
+        bias = jnp.zeros((1, 1, 1, 1), jnp.float32)
+    values = jnp.concatenate([v, jnp.ones((*v.shape[:-1], 1), v.dtype)], axis=-1)
+
+    @jax.checkpoint
+    def block(q_BKpD: Array) -> Array:
+        logits = jnp.einsum("bkpd,bknd->bkpn", q_BKpD, k, preferred_element_type=jnp.float32)
+        logits = logits + bias
+        top = jax.lax.stop_gradient(logits.max(axis=-1, keepdims=True))
+        weights = jnp.exp(logits - top).astype(v.dtype)
+        total = jnp.einsum("bkpn,bknm->bkpm", weights, values, preferred_element_type=jnp.float32)
+        return (total[..., :-1] / total[..., -1:]).astype(v.dtype)
+
+    count = q.shape[2]
+    size = _block_size(count)
+    if size == count:
+        return block(q)
+    blocks = jnp.moveaxis(q.reshape(b, heads, count // size, size, q.shape[-1]), 2, 0)
+    out = jnp.moveaxis(jax.lax.map(block, blocks), 0, 2)
+    return out.reshape(b, heads, count, v.shape[-1])
+
+
+def _block_size(count: int) -> int:
+    """Largest divisor of `count` up to QUERY_BLOCK."""
+    return max(size for size in range(1, min(count, QUERY_BLOCK) + 1) if count % size == 0)
+
+
+class MemoryAttentionLayer(nn.Module):
+    """Self-attention, attention to the memory, MLP; each pre-norm and residual.
+
+    Attributes:
+        config: network shape.
+    """
+
+    config: Sam2Config
+
+    @nn.compact
+    def __call__(
+        self, x: Float[Array, "B J P D"], memory: MemoryKeys, table: Rotation
+    ) -> Float[Array, "B K P D"]:
+        """Return the features of each object."""
+        c = self.config
+        dtype = c.compute_dtype
+
+        def norm(name: str) -> layers.LayerNorm:
+            return layers.LayerNorm(dtype, EPSILON, name=name)
+
+        y = norm("norm1")(x)
+        x = x + RotaryAttention(c.width, dtype, name="self_attn")(y, y, y, table)
+        look = RotaryAttention(c.width, dtype, name="cross_attn_image")(
+            norm("norm2")(x),
+            memory.key_BKNM,
+            memory.value_BKNM,
+            table,
+            memory.valid_BKN,
+            memory.spatial,
+        )
+        x = x + look
+        y = layers.Dense(c.memory_mlp, dtype, name="linear1")(norm("norm3")(x))
+        return x + layers.Dense(c.width, dtype, name="linear2")(jax.nn.relu(y))
+
+
+class MemoryAttention(nn.Module):
+    """Conditions the coarse features of a slice on the memory of each object.
+
+    Attributes:
+        config: network shape.
+    """
+
+    config: Sam2Config
+
+    @nn.compact
+    def __call__(
+        self, coarse_BHWD: Float[Array, "B h w D"], memory: MemoryKeys
+    ) -> Float[Array, "B K h w D"]:
+        """Attend to the memory.
+
+        Args:
+            coarse_BHWD: coarse features as the encoder gives them.
+            memory: what is remembered of K objects.
+        """
+        c = self.config
+        b, h, w, d = coarse_BHWD.shape
+        place = jnp.asarray(position.sine_position(h, w, d), coarse_BHWD.dtype)
+        x = coarse_BHWD.reshape(b, 1, h * w, d) + POSITION_SHARE * place[None, None]
+        table = position.rotation(h, w, d)
+        for i in range(c.memory_layers):
+            x = MemoryAttentionLayer(c, name=f"layers_{i}")(x, memory, table)
+        x = layers.LayerNorm(c.compute_dtype, EPSILON, name="norm")(x)
+        return x.reshape(b, -1, h, w, d)

@@ -1,0 +1,176 @@
+"""Memory bank of a tracked volume: fixed-size arrays, in and out of pure functions.
+
+Every object has `C` slots for slices that somebody prompted, and a ring of slots for the slices
+tracked last. A slot knows the slice it came from; -1 means empty. What a slot means to the slice
+at hand follows from the two slice numbers and the direction alone, so the bank has the same shape
+for volumes of any length.
+
+Source: SAM 2 (Ravi et al. 2024), sections 4 and D.
+
+Axes: B volumes, K objects, L memory slots, R pointer slots, P positions, M channels of a memory, D
+channels of a pointer.
+"""
+
+from typing import NamedTuple
+
+import jax.numpy as jnp
+
+from sss_jax.axes import Array, Bool, Float, Int
+from sss_jax.models.presets import Sam2Config
+
+EMPTY = -1
+
+
+class MemoryBank(NamedTuple):
+    """Memories of K objects; the first C slots of each kind belong to prompted slices.
+
+    Attributes:
+        memory_BKLPM: encoded masks on the coarse grid.
+        memory_slice_BKL: slice of each memory; -1: empty.
+        pointer_BKRD: object pointers.
+        pointer_slice_BKR: slice of each pointer; -1: empty.
+    """
+
+    memory_BKLPM: Float[Array, "B K L P M"]
+    memory_slice_BKL: Int[Array, "B K L"]
+    pointer_BKRD: Float[Array, "B K R D"]
+    pointer_slice_BKR: Int[Array, "B K R"]
+
+    def conditioning(self, config: Sam2Config) -> int:
+        """C, slots for prompted slices."""
+        return self.memory_BKLPM.shape[2] - (config.num_maskmem - 1)
+
+
+class Memory(NamedTuple):
+    """What one slice leaves behind.
+
+    Attributes:
+        memory_BKPM: encoded mask.
+        pointer_BKD: object pointer.
+    """
+
+    memory_BKPM: Float[Array, "B K P M"]
+    pointer_BKD: Float[Array, "B K D"]
+
+
+def empty_bank(
+    config: Sam2Config, batch: int, objects: int, positions: int, conditioning: int
+) -> MemoryBank:
+    """Return a bank that remembers nothing.
+
+    Args:
+        config: network shape.
+        batch: B, volumes.
+        objects: K.
+        positions: P, cells of the coarse grid.
+        conditioning: C, prompted slices per object that must fit.
+    """
+    slots = conditioning + config.num_maskmem - 1
+    pointers = conditioning + config.max_pointers - 1
+    dtype = config.compute_dtype
+    return MemoryBank(
+        jnp.zeros((batch, objects, slots, positions, config.memory_width), dtype),
+        jnp.full((batch, objects, slots), EMPTY, jnp.int32),
+        jnp.zeros((batch, objects, pointers, config.width), dtype),
+        jnp.full((batch, objects, pointers), EMPTY, jnp.int32),
+    )
+
+
+def _put(values: Array, slices_BKS: Array, new: Array, at_BK: Array, index: Array) -> tuple:
+    """Write `new` and its slice number into slot `at_BK`; a slot of -1 writes nothing."""
+    hit_BKS = jnp.arange(slices_BKS.shape[2])[None, None] == at_BK[..., None]
+    wide = hit_BKS.reshape(*hit_BKS.shape, *(1,) * (values.ndim - 3))
+    return jnp.where(wide, new[:, :, None], values), jnp.where(hit_BKS, index, slices_BKS)
+
+
+def remember_prompted(
+    bank: MemoryBank,
+    config: Sam2Config,
+    new: Memory,
+    index: Int[Array, ""],
+    where_BK: Bool[Array, "B K"],
+) -> MemoryBank:
+    """Store a prompted slice for the objects in `where_BK`, over what it left there before.
+
+    Where all C slots hold other slices the oldest of them (the one with the smallest slice number)
+    gives way; make the bank large enough and it never happens.
+    """
+    count = bank.conditioning(config)
+    held_BKC = bank.memory_slice_BKL[:, :, :count]
+    same, free = held_BKC == index, held_BKC == EMPTY
+    # The slot of this slice wins over a free one, a free one over the slot with the least slice.
+    order = jnp.where(same, -2, jnp.where(free, EMPTY, held_BKC))
+    at_BK = jnp.where(where_BK, jnp.argmin(order, axis=-1), -1)
+    return _store(bank, new, at_BK, at_BK, index)
+
+
+def remember_tracked(
+    bank: MemoryBank,
+    config: Sam2Config,
+    new: Memory,
+    index: Int[Array, ""],
+    memory_where_BK: Bool[Array, "B K"],
+    pointer_where_BK: Bool[Array, "B K"],
+) -> MemoryBank:
+    """Store a tracked slice where asked for; each ring's oldest slice gives way."""
+    count = bank.conditioning(config)
+    memory = count + index % (config.num_maskmem - 1)
+    pointer = count + index % (config.max_pointers - 1)
+    memory_BK = jnp.where(memory_where_BK, memory, -1)
+    pointer_BK = jnp.where(pointer_where_BK, pointer, -1)
+    return _store(bank, new, memory_BK, pointer_BK, index)
+
+
+def _store(
+    bank: MemoryBank, new: Memory, memory_BK: Array, pointer_BK: Array, index: Array
+) -> MemoryBank:
+    memory = _put(bank.memory_BKLPM, bank.memory_slice_BKL, new.memory_BKPM, memory_BK, index)
+    pointer = _put(bank.pointer_BKRD, bank.pointer_slice_BKR, new.pointer_BKD, pointer_BK, index)
+    return MemoryBank(*memory, *pointer)
+
+
+class Reach(NamedTuple):
+    """What the slice at hand may look at.
+
+    Attributes:
+        memory_valid_BKL: memories that take part.
+        memory_age_BKL: row of the temporal table for each memory.
+        pointer_valid_BKR: pointers that take part.
+        pointer_distance_BKR: distance of each pointer, as a share of the pointers' reach.
+    """
+
+    memory_valid_BKL: Bool[Array, "B K L"]
+    memory_age_BKL: Int[Array, "B K L"]
+    pointer_valid_BKR: Bool[Array, "B K R"]
+    pointer_distance_BKR: Float[Array, "B K R"]
+
+
+def reach(
+    bank: MemoryBank,
+    config: Sam2Config,
+    index: Int[Array, ""],
+    num_slices: Int[Array, ""],
+    backwards: Bool[Array, ""],
+) -> Reach:
+    """Decide what slice `index` of a volume of `num_slices` looks at.
+
+    All prompted slices, wherever they are, with the last row of the temporal table; of the tracked
+    ones those up to 6 behind; pointers of prompted slices that are not ahead, and of tracked ones
+    up to 15 behind, fewer in shorter volumes.
+    """
+    count = bank.conditioning(config)
+    sign = jnp.where(backwards, -1, 1)
+    memory, pointer = bank.memory_slice_BKL, bank.pointer_slice_BKR
+    behind_BKL, behind_BKR = (index - memory) * sign, (index - pointer) * sign
+    prompted_L = jnp.arange(memory.shape[2])[None, None] < count
+    prompted_R = jnp.arange(pointer.shape[2])[None, None] < count
+    recent_BKL = (behind_BKL >= 1) & (behind_BKL < config.num_maskmem)
+    most = jnp.minimum(num_slices, config.max_pointers) - 1
+    recent_BKR = (behind_BKR >= 1) & (behind_BKR <= most)
+    last = config.num_maskmem - 1
+    return Reach(
+        (memory != EMPTY) & (prompted_L | recent_BKL),
+        jnp.where(prompted_L, last, jnp.clip(behind_BKL - 1, 0, last)),
+        (pointer != EMPTY) & jnp.where(prompted_R, behind_BKR >= 0, recent_BKR),
+        behind_BKR / jnp.maximum(most, 1),
+    )

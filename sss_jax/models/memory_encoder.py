@@ -1,0 +1,138 @@
+"""Memory encoder: a slice's features and the mask found on it become a memory.
+
+Source: SAM 2 (Ravi et al. 2024), section 4.
+"""
+
+import math
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from sss_jax.axes import Array, Float
+from sss_jax.models import layers
+from sss_jax.models.initial import initialiser
+from sss_jax.models.presets import Sam2Config
+
+MASK_SCALE, MASK_SHIFT = 20.0, -10.0
+"""Probabilities of the mask are stretched to [-10, 10]."""
+
+_FUSER_LAYERS = 2
+
+
+class MaskDownsampler(nn.Module):
+    """Strided convolutions from pixels to the coarse grid; each one halves the sides.
+
+    Attributes:
+        config: network shape.
+    """
+
+    config: Sam2Config
+
+    @nn.compact
+    def __call__(self, mask_NHW1: Float[Array, "N H W 1"]) -> Float[Array, "N h w D"]:
+        """Embed masks at the resolution of the input image."""
+        c = self.config
+        steps = int(math.log2(c.strides[2]))
+        x = mask_NHW1
+        for i in range(steps):
+            conv = layers.Conv(
+                4 ** (i + 1), 3, c.compute_dtype, stride=2, padding=1, name=f"encoder_{3 * i}"
+            )
+            norm = layers.LayerNorm(c.compute_dtype, name=f"encoder_{3 * i + 1}")
+            x = layers.gelu(norm(conv(x)))
+        return layers.Conv(c.width, 1, c.compute_dtype, name=f"encoder_{3 * steps}")(x)
+
+
+class DepthwiseConv(nn.Module):
+    """Depthwise convolution, kernel 7, same size.
+
+    Attributes:
+        dtype: computation type.
+    """
+
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, x_NHWC: Float[Array, "N H W C"]) -> Float[Array, "N H W C"]:
+        """Convolve every channel with its own kernel."""
+        channels = x_NHWC.shape[-1]
+        kernel = self.param("kernel", initialiser("kernel"), (7, 7, 1, channels))
+        bias = self.param("bias", initialiser("bias"), (channels,))
+        y = jax.lax.conv_general_dilated(
+            x_NHWC.astype(self.dtype),
+            kernel.astype(self.dtype),
+            window_strides=(1, 1),
+            padding=((3, 3), (3, 3)),
+            dimension_numbers=("NHWC", "HWIO", "NHWC"),
+            feature_group_count=channels,
+        )
+        return layers.add_bias(y, bias.astype(self.dtype))
+
+
+class FuserBlock(nn.Module):
+    """ConvNeXt block (Liu et al. 2022).
+
+    Attributes:
+        dtype: computation type.
+    """
+
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, x_NHWC: Float[Array, "N H W C"]) -> Float[Array, "N H W C"]:
+        """Add what the block computes."""
+        width = x_NHWC.shape[-1]
+        gamma = self.param("gamma", initialiser("gamma"), (width,)).astype(self.dtype)
+        y = DepthwiseConv(self.dtype, name="dwconv")(x_NHWC)
+        y = layers.LayerNorm(self.dtype, name="norm")(y)
+        y = layers.gelu(layers.Dense(4 * width, self.dtype, name="pwconv1")(y))
+        y = layers.Dense(width, self.dtype, name="pwconv2")(y)
+        return x_NHWC + layers.scale_by(y, gamma)
+
+
+class Fuser(nn.Module):
+    """A stack of blocks.
+
+    Attributes:
+        dtype: computation type.
+    """
+
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, x_NHWC: Float[Array, "N H W C"]) -> Float[Array, "N H W C"]:
+        """Mix features and mask."""
+        for i in range(_FUSER_LAYERS):
+            x_NHWC = FuserBlock(self.dtype, name=f"layers_{i}")(x_NHWC)
+        return x_NHWC
+
+
+class MemoryEncoder(nn.Module):
+    """Makes the memories of K objects on one slice.
+
+    Attributes:
+        config: network shape.
+    """
+
+    config: Sam2Config
+
+    @nn.compact
+    def __call__(
+        self, coarse_BHWD: Float[Array, "B h w D"], mask_BKHW: Float[Array, "B K H W"]
+    ) -> Float[Array, "B K h w M"]:
+        """Encode.
+
+        Args:
+            coarse_BHWD: coarse features as the encoder gives them, shared by the objects.
+            mask_BKHW: probability that a pixel is part of the object, at input resolution.
+        """
+        c = self.config
+        b, k, height, width = mask_BKHW.shape
+        mask = (MASK_SCALE * mask_BKHW + MASK_SHIFT).reshape(b * k, height, width, 1)
+        seen = MaskDownsampler(c, name="mask_downsampler")(mask)
+        pixels = layers.Conv(c.width, 1, c.compute_dtype, name="pix_feat_proj")(coarse_BHWD)
+        x = pixels[:, None] + seen.reshape(b, k, *seen.shape[1:])
+        x = Fuser(c.compute_dtype, name="fuser")(x.reshape(seen.shape))
+        x = layers.Conv(c.memory_width, 1, c.compute_dtype, name="out_proj")(x)
+        return x.reshape(b, k, *x.shape[1:])
