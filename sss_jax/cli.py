@@ -49,7 +49,15 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"sss-jax {__version__}")
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
-    for add in (_add_doctor, _add_data, _add_train, _add_predict, _add_evaluate, _add_report):
+    for add in (
+        _add_doctor,
+        _add_data,
+        _add_convert,
+        _add_train,
+        _add_predict,
+        _add_evaluate,
+        _add_report,
+    ):
         add(verbs)
     return parser
 
@@ -86,6 +94,17 @@ def _add_data(verbs: Any) -> None:
     )
 
 
+def _add_convert(verbs: Any) -> None:
+    text = "Convert SAM-2 weights of PyTorch or Hugging Face to ours, or back."
+    convert = _verb(verbs, "convert", _convert, text, as_json=True)
+    convert.add_argument("source", type=Path, help=".pt or .safetensors; or our folder")
+    convert.add_argument("target", type=Path, help="folder to make; or .pt with --to-torch")
+    convert.add_argument("--to-torch", action="store_true", help="from our folder to a .pt file")
+    convert.add_argument(
+        "--verify", action="store_true", help="compare outputs with torch and transformers"
+    )
+
+
 def _add_train(verbs: Any) -> None:
     train = _verb(
         verbs, "train", _train, "Train; the same command resumes a stopped run.", as_json=True
@@ -101,7 +120,9 @@ def _add_train(verbs: Any) -> None:
 
 def _add_predict(verbs: Any) -> None:
     predict = _verb(verbs, "predict", _predict, "Segment NIfTI images.", as_json=True)
-    predict.add_argument("--checkpoint", type=Path, required=True, help="run folder")
+    predict.add_argument(
+        "--checkpoint", type=Path, required=True, help="run folder; with --prompts, SAM-2 weights"
+    )
     predict.add_argument("-i", "--input", type=Path, required=True, help="image, or a folder")
     predict.add_argument("-o", "--output", type=Path, required=True, help="folder for the labels")
     predict.add_argument("--which", choices=("best", "latest"), default="best")
@@ -109,6 +130,15 @@ def _add_predict(verbs: Any) -> None:
         "--subset",
         choices=("val", "test"),
         help="INPUT is a data folder: segment these cases of the run's split",
+    )
+    predict.add_argument(
+        "--prompts",
+        type=Path,
+        help="JSON of boxes, points and masks for one image; OUTPUT is a file",
+    )
+    predict.add_argument("--image-size", type=int, default=1024, help="with --prompts: pixels")
+    predict.add_argument(
+        "--window", type=float, nargs=2, metavar=("LOW", "HIGH"), help="with --prompts: CT, HU"
     )
 
 
@@ -172,7 +202,31 @@ def _render_summary(summary: dict[str, Any]) -> str:
     return "\n".join(f"{name}: {value}" for name, value in summary.items())
 
 
+def _convert(args: argparse.Namespace) -> int:
+    from sss_jax.conversion.sam2 import run
+
+    def say(line: str) -> None:
+        print(line, file=sys.stderr)
+
+    result = run(args.source, args.target, to_torch=args.to_torch, verify=args.verify, report=say)
+    print(json.dumps(result, indent=2) if args.json else result["target"])
+    return 0
+
+
+def _predict_prompted(args: argparse.Namespace) -> int:
+    from sss_jax import sam2
+    from sss_jax.predict_prompts import data_options, predict_prompted
+
+    options = data_options(args.window)
+    network = sam2.load(args.checkpoint, image_size=args.image_size)
+    result = predict_prompted(network, args.input, args.prompts, args.output, options)
+    print(json.dumps(result, indent=2) if args.json else result["target"])
+    return 0
+
+
 def _predict(args: argparse.Namespace) -> int:
+    if args.prompts:
+        return _predict_prompted(args)
     from sss_jax.predict import run_predict
 
     failures = run_predict(

@@ -15,10 +15,11 @@ ORDER = [
     {"data"},
     {"augment"},
     {"models"},
+    {"conversion"},
     {"metrics", "losses"},
     {"ssl"},
     {"train"},
-    {"evaluate", "predict", "report", "doctor"},
+    {"evaluate", "predict", "report", "doctor", "sam2"},
     {"cli"},
 ]
 RANK = {room: rank for rank, rooms in enumerate(ORDER) for room in rooms}
