@@ -34,6 +34,7 @@ class ModelOptions:
     num_classes: int = option(1, "foreground classes K; labels are 0..K", low=1, high=254)
     dtype: str = option("float32", "computation type", choices=("float32", "bfloat16"))
     remat: bool = option(False, "recompute trunk activations in the backward pass")
+    init: str = option("", "folder of converted SAM-2 weights to start from; empty: random")
     class_token_std: float = option(
         0.0, "initial spread of the class tokens; 0 leaves converted SAM-2 weights exact", low=0.0
     )
@@ -182,6 +183,9 @@ class OptimizerOptions:
     weight_decay: float = option(0.01, "decoupled weight decay of matrices and kernels", low=0)
     clip_norm: float = option(1.0, "largest global gradient norm; 0: no clipping", low=0)
     b2: float = option(0.999, "second-moment decay of Adam", low=0, high=1)
+    factors: tuple[str, ...] = option(
+        (), "PATH=FACTOR: scales the rate of parameters below a path; 0 freezes them"
+    )
 
 
 @dataclasses.dataclass(frozen=True)

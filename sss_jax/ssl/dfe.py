@@ -56,7 +56,8 @@ def init_dfe(key: Key[Array, ""], dim: int, options: DFEOptions, scale: float = 
         key: random key.
         dim: feature width D; the MLP is D to 2D, 2D to 2D, 2D to D, D to D.
         options: which levels exist.
-        scale: factor of the last linear layer's kernel; 0 starts from an MLP that is silent.
+        scale: factor of the kernels of the convolution and of the last linear layer; 0 starts from
+            a DFE that is silent: F_adj = 0.
 
     Returns:
         `{level: {"conv": ..., "linear_0": ..., "norm_0": ..., ...}}`, in float32.
@@ -73,7 +74,8 @@ def _init_level(key: Key[Array, ""], dim: int, scale: float) -> PyTree:
     draw = jax.nn.initializers.lecun_normal()
     keys = jax.random.split(key, _LAYERS + 1)
     widths = (dim, 2 * dim, 2 * dim, dim, dim)
-    params = {"conv": {"kernel": draw(keys[0], (3, 3, dim, dim)), "bias": jnp.zeros(dim)}}
+    conv = draw(keys[0], (3, 3, dim, dim)) * scale
+    params = {"conv": {"kernel": conv, "bias": jnp.zeros(dim)}}
     for layer in range(_LAYERS):
         shape, last = (widths[layer], widths[layer + 1]), layer == _LAYERS - 1
         kernel = draw(keys[layer + 1], shape) * (scale if last else 1.0)

@@ -21,7 +21,8 @@ from sss_jax.train.guard import NonFiniteGuard, StopSignal, WorkdirLock
 from sss_jax.train.log import MetricsLog, Progress
 from sss_jax.train.mesh import Driver, make_driver
 from sss_jax.train.optimizer import learning_rate, make_optimizer
-from sss_jax.train.state import init_all_params, init_state, state_of
+from sss_jax.train.pretrained import with_converted
+from sss_jax.train.state import init_all_params, state_of
 from sss_jax.train.step import root_key
 from sss_jax.train.validate import validate
 
@@ -103,7 +104,8 @@ class _Run:
         target = jax.eval_shape(lambda params: state_of(params, optimizer), shapes)
         restored = self.checkpointer.restore(target)
         if restored is None:
-            state, start = init_state(self.model, options, optimizer, key), 0
+            params = with_converted(init_all_params(self.model, options, key), options)
+            state, start = state_of(params, optimizer), 0
         else:
             state, start = restored.state, restored.step
         self.log.truncate(start)

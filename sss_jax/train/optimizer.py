@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import optax
 
 from sss_jax.axes import Array, Float, Int, PyTree
+from sss_jax.errors import ConfigError
 from sss_jax.options import OptimizerOptions
 
 __all__ = ["decays", "ema_update", "learning_rate", "make_optimizer", "parameter_groups"]
@@ -69,6 +70,46 @@ def decays(params: PyTree) -> PyTree:
     return jax.tree_util.tree_map_with_path(is_kernel, params)
 
 
+def rate_factors(options: OptimizerOptions, params: PyTree) -> PyTree:
+    """Factor of each parameter's rate, from entries such as `net/sam2/image_encoder/trunk=0.1`.
+
+    Raises:
+        ConfigError: an entry is not PATH=FACTOR, or no parameter lies below its path.
+    """
+    entries = [_parse_factor(entry) for entry in options.factors]
+    used: set[str] = set()
+
+    def factor(path: tuple, _: Array) -> float:
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        value = 1.0
+        for prefix, scale in entries:
+            if f"{name}/".startswith(f"{prefix}/"):
+                used.add(prefix)
+                value *= scale
+        return value
+
+    factors = jax.tree_util.tree_map_with_path(factor, params)
+    for prefix, _ in entries:
+        if prefix not in used:
+            first = sorted(params)[0]
+            raise ConfigError(
+                f"optimizer.factors: no parameter lies below {prefix!r}; paths look like "
+                f"{first}/... (see docs/how-to/sam2-weights.md)"
+            )
+    return factors
+
+
+def _parse_factor(entry: str) -> tuple[str, float]:
+    prefix, _, number = entry.partition("=")
+    try:
+        factor = float(number)
+    except ValueError:
+        factor = -1.0
+    if not prefix or not 0 <= factor < float("inf"):
+        raise ConfigError(f"optimizer.factors: {entry!r} is not PATH=FACTOR with a factor from 0")
+    return prefix.strip("/"), factor
+
+
 def _with_standard_promotion(
     transformation: optax.GradientTransformation,
 ) -> optax.GradientTransformation:
@@ -97,9 +138,15 @@ def make_optimizer(
     Returns:
         The gradient transformation; `update` needs the parameters.
 
+    Raises:
+        ConfigError: `factors` name something that is not there.
+
     Source: UniMatch V2 (Yang et al. 2024): AdamW, poly schedule, new parts 40 times as fast.
     """
-    groups = parameter_groups(params)
+    factors = rate_factors(options, params)
+    groups = jax.tree.map(
+        lambda group, factor: group if factor else "frozen", parameter_groups(params), factors
+    )
     frozen = jax.tree.map(lambda group: group == "frozen", groups)
     clip = optax.clip_by_global_norm(options.clip_norm) if options.clip_norm else optax.identity()
     rates = {
@@ -113,8 +160,17 @@ def make_optimizer(
         optax.scale_by_adam(b2=options.b2),
         optax.add_decayed_weights(options.weight_decay, mask=decays(params)),
         optax.multi_transform(rates, groups),
+        *([_scale_each(factors)] if options.factors else []),
     )
     return _with_standard_promotion(chain)
+
+
+def _scale_each(factors: PyTree) -> optax.GradientTransformation:
+    def update(updates: PyTree, params: PyTree | None = None) -> PyTree:
+        del params
+        return jax.tree.map(lambda u, f: u * f, updates, factors)
+
+    return optax.stateless(update)
 
 
 def ema_update(ema: PyTree, params: PyTree, step: Int[Array, ""] | int, decay: float) -> PyTree:

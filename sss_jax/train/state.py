@@ -38,7 +38,9 @@ def init_all_params(model: SSSModel, options: Options, key: Key[Array, ""]) -> P
     key_net, key_dfe = jax.random.split(key)
     params = {"net": init_params(model, key_net)}
     if options.semi.enabled and options.dfe.enabled:
-        params["dfe"] = init_dfe(key_dfe, model.config.width, options.dfe)
+        # Beside converted weights DFE starts silent: they were trained without it.
+        scale = 0.0 if options.model.init else 1.0
+        params["dfe"] = init_dfe(key_dfe, model.config.width, options.dfe, scale)
     return params
 
 

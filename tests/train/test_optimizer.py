@@ -8,6 +8,7 @@ import numpy as np
 import optax
 import pytest
 
+from sss_jax.errors import ConfigError
 from sss_jax.models.sss import build_model, init_params
 from sss_jax.options import ModelOptions, OptimizerOptions
 from sss_jax.train.optimizer import (
@@ -189,3 +190,49 @@ def test_teacher_follows_the_formula():
         np.testing.assert_array_equal(value, flat(student)[name])
     for name, value in flat(update(student, student, 700, 0.996)).items():
         np.testing.assert_array_equal(value, flat(student)[name])
+
+
+def test_factors_scale_and_freeze_what_lies_below_a_path():
+    params = make_params()
+    grads = jax.tree.map(jnp.ones_like, params)
+
+    def updates(*factors):
+        options = dataclasses.replace(OPTIONS, clip_norm=0.0, factors=factors)
+        optimizer = make_optimizer(options, STEPS, params)
+        return flat(optimizer.update(grads, optimizer.init(params), params)[0])
+
+    plain = updates()
+    block = "net/sam2/image_encoder/block"
+    scaled = updates("net/sam2/image_encoder=0.5", f"{block}=0.1", "dfe=0")
+    for name, value in plain.items():
+        factor = 0.5 if "image_encoder" in name else 1.0
+        factor *= 0.1 if name.startswith(block) else 0.0 if name.startswith("dfe") else 1.0
+        np.testing.assert_allclose(scaled[name], factor * value, rtol=1e-6, err_msg=name)
+
+
+def test_frozen_parameters_do_not_count_in_the_clipped_norm():
+    params = make_params()
+    grads = jax.tree.map(jnp.ones_like, params)
+    grads["dfe"] = jax.tree.map(lambda g: 1e6 * g, grads["dfe"])
+    options = dataclasses.replace(OPTIONS, factors=("dfe=0",))
+    optimizer = make_optimizer(options, STEPS, params)
+    state = optimizer.init(params)
+    _, after = optimizer.update(grads, state, params)
+    without = jax.tree.map(jnp.zeros_like, grads["dfe"])
+    _, expected = optimizer.update(grads | {"dfe": without}, state, params)
+    jax.tree.map(np.testing.assert_array_equal, after, expected)
+
+
+@pytest.mark.parametrize(
+    ("entry", "message"),
+    [
+        ("net/sam2/encoder=0.1", "no parameter lies below 'net/sam2/encoder'"),
+        ("net/sam2=fast", "is not PATH=FACTOR"),
+        ("net/sam2=-1", "is not PATH=FACTOR"),
+        ("net/sam2", "is not PATH=FACTOR"),
+    ],
+)
+def test_factors_that_name_nothing_are_refused(entry, message):
+    options = dataclasses.replace(OPTIONS, factors=(entry,))
+    with pytest.raises(ConfigError, match=message):
+        make_optimizer(options, STEPS, make_params())

@@ -1,0 +1,78 @@
+"""Results of benchmarks as JSON: what was measured, on what, with which versions."""
+
+import datetime
+import importlib.metadata
+import json
+import os
+import platform
+import statistics
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+
+PACKAGES = ("jax", "jaxlib", "flax", "torch", "transformers", "numpy")
+
+
+def seconds(run: Callable[[], Any], repeats: int, warm_up: int = 2) -> list[float]:
+    """Time a call several times, after some that do not count; it must wait for its result."""
+    for _ in range(warm_up):
+        run()
+    times = []
+    for _ in range(repeats):
+        began = time.perf_counter()
+        run()
+        times.append(time.perf_counter() - began)
+    return times
+
+
+def summary(times: list[float]) -> dict[str, float]:
+    """Median and extremes, seconds."""
+    return {"median": statistics.median(times), "low": min(times), "high": max(times)}
+
+
+def environment() -> dict[str, Any]:
+    """Device, versions and commit of this run."""
+    return {
+        "date": datetime.date.today().isoformat(),
+        "device": jax.devices()[0].device_kind,
+        "processor": _processor(),
+        "cores": os.cpu_count(),
+        "load_before": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
+        "python": platform.python_version(),
+        "versions": {name: _version(name) for name in PACKAGES},
+        "commit": _commit(),
+    }
+
+
+def write(path: Path, name: str, rows: list[dict[str, Any]], **more: Any) -> None:
+    """Write a result file."""
+    content = {"benchmark": name, **environment(), **more, "rows": rows}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(content, indent=2) + "\n")
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line.split(":")[1].strip() for line in lines if "model name" in line), "")
+
+
+def _version(name: str) -> str | None:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _commit() -> str | None:
+    here = Path(__file__).resolve().parent
+    done = subprocess.run(
+        ["git", "-C", str(here), "rev-parse", "--short", "HEAD"], capture_output=True, text=True
+    )
+    return done.stdout.strip() or None

@@ -1,0 +1,1 @@
+"""Conversion of SAM-2 checkpoints: other people's files to ours, and back."""
