@@ -408,8 +408,8 @@ def test_mask_prompts_are_adopted(params, volume):
     mask[0, 0, 8:24, 8:24] = 1
     found = call(params, "adopt_mask", features, mask)
     assert found.object_score_BK.tolist() == [[10.0, -10.0]]
-    assert found.logits_BKHW[0, 0, 4, 4] == 10
-    assert np.all(found.logits_BKHW[0, 1] == -10)
+    np.testing.assert_allclose(found.logits_BKHW[0, 0, 4, 4], 10, rtol=1e-5)
+    np.testing.assert_allclose(found.logits_BKHW[0, 1], -10, rtol=1e-5)
     np.testing.assert_array_equal(found.pointer_BKD[0, 1], params["no_obj_ptr"][0])
     state = tracking.nothing_prompted(MODEL, (GRID, GRID), 2, 1)
     state, _ = tracking.prompt_mask(

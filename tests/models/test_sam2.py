@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from sss_jax.models import memory_bank
 from sss_jax.models.presets import Sam2Config, preset
 from sss_jax.models.prompt_encoder import prompt_slots
 from sss_jax.models.sam2 import Sam2
@@ -230,16 +231,36 @@ def test_other_sizes_are_refused(params):
         MODEL.apply({"params": params}, jnp.zeros((1, 48, 32, 3)), method="encode_image")
 
 
+def remembered(module, features):
+    """Two objects, one absent: a prompted slice and a tracked one, then attention to both."""
+    config = module.config
+    b, h, w, _ = features[2].shape
+    side = config.strides[2]
+    mask = jnp.zeros((b, 2, h * side, w * side)).at[:, 0, 8:24].set(1.0)
+    adopted = module.adopt_mask(features, mask)
+    score = adopted.object_score_BK
+    encoded = module.encode_memory(features[2], adopted.logits_BKHW, score, binary=False)
+    new = memory_bank.Memory(encoded, adopted.pointer_BKD)
+    yes = jnp.ones((b, 2), bool)
+    bank = memory_bank.empty_bank(config, b, 2, h * w, 1)
+    bank = memory_bank.remember_prompted(bank, config, new, jnp.int32(0), yes)
+    bank = memory_bank.remember_tracked(bank, config, new, jnp.int32(2), yes, yes)
+    return module.attend_memory(features, bank, jnp.int32(3), jnp.int32(9), False)[2]
+
+
 def test_every_parameter_learns(image, prompts):
     """Gradients of all outputs reach every parameter but the constants."""
     model = Sam2(dataclasses.replace(CONFIG, depths=(1, 1, 1, 1), global_blocks=(2,), multimasks=1))
     params = random_params(model)
+    # The pointer of an object that is absent is a constant.
+    params["sam_mask_decoder"]["pred_obj_score_head"]["layers_2"]["bias"] += 10.0
     masks = np.random.default_rng(5).standard_normal((1, 1, 16, 16)).astype(np.float32)
 
     def loss(p):
         def run(module):
             embedded = module.sam_prompt_encoder.masks(masks)
-            return embedded, module.decode(module.encode_image(image), *prompts)
+            features = module.encode_image(image)
+            return embedded, module.decode(features, *prompts), remembered(module, features)
 
         outputs = model.apply({"params": p}, method=run)
         return sum(jnp.sin(3 * x).sum() for x in jax.tree.leaves(outputs))
@@ -250,10 +271,11 @@ def test_every_parameter_learns(image, prompts):
         for path, g in jax.tree.leaves_with_path(grads)
     }
     assert norms.pop("sam_prompt_encoder/pe_layer/positional_encoding_gaussian_matrix") == 0
+    assert norms.pop("no_mem_pos_enc") == 0, "part of every checkpoint, used by nobody"
     # A bias shared by all keys of a softmax cancels.
     learning = {name: norm for name, norm in norms.items() if not name.endswith("k_proj/bias")}
     assert [name for name, norm in learning.items() if not norm > 1e-4] == []
-    assert len(norms) - len(learning) == 7
+    assert len(norms) - len(learning) == 7 + 2
 
 
 def test_bfloat16_stays_close(params, image, features, decode, prompts):
