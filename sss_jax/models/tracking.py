@@ -93,7 +93,10 @@ def prompt_slice(
     previous_BKHW: Float[Array, "B K H W"] | None = None,
     num_slices: Int[Array, ""] | None = None,
 ) -> tuple[Prompted, Prediction]:
-    """Segment a slice from points and boxes, and remember it.
+    """Segment a slice from points and boxes, and remember it among the prompted slices.
+
+    Differs from SAM 2: a corrected slice counts as prompted, where SAM 2's predictor by default
+    keeps it among the tracked ones.
 
     Args:
         model: the network.
