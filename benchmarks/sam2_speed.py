@@ -59,8 +59,7 @@ def measure(variant: str, size: int, repeats: int, compiled: bool) -> list[dict[
 
     from tests.parity.oracle import video_reference
 
-    with torch.inference_mode():
-        model, ours, params = video_reference(variant, size)
+    model, ours, params = video_reference(variant, size)
     params = jax.device_put(params)
     image = np.random.default_rng(0).standard_normal((1, size, size, 3)).astype(np.float32)
     pixels = torch.tensor(np.ascontiguousarray(image.transpose(0, 3, 1, 2)))
@@ -106,7 +105,7 @@ def _no_grad(run: Callable) -> Callable:
     import torch
 
     def quiet() -> Any:
-        with torch.inference_mode():
+        with torch.no_grad():
             return run()
 
     return quiet
@@ -148,7 +147,7 @@ def decoder(call: Callable, model: Any, image: Any, pixels: Any) -> tuple[Callab
     size = image.shape[1]
     box = np.array([size / 8, size / 8, size / 2, size / 2], np.float32)
     points, labels = box.reshape(1, 1, 2, 2), np.array([[[2, 3]]], np.int32)
-    with torch.inference_mode():
+    with torch.no_grad():
         maps = model.vision_encoder(pixels).fpn_hidden_states
     boxes = torch.tensor(box)[None, None]
 
@@ -235,7 +234,7 @@ def tracked(
         video=video, video_height=size, video_width=size, dtype=torch.float32
     )
     session.obj_id_to_idx(0)
-    with torch.inference_mode():
+    with torch.no_grad():
         _fill(model, session, grid)
 
     def theirs() -> None:
