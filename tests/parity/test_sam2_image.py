@@ -4,8 +4,6 @@ Needs torch and transformers, which the product itself never installs:
 `pip install torch==2.13.0 && pip install transformers==5.23.0`.
 """
 
-import re
-
 import numpy as np
 import pytest
 
@@ -16,138 +14,11 @@ import jax  # noqa: E402
 import jax.numpy as jnp  # noqa: E402
 from flax import traverse_util  # noqa: E402
 
-from sss_jax.models.presets import preset  # noqa: E402
-from sss_jax.models.sam2 import Sam2  # noqa: E402
+from sss_jax.conversion.keymap import from_hugging_face, to_ours  # noqa: E402
+from tests.parity.oracle import close, image_reference  # noqa: E402
 
-TOLERANCE = 1e-4
 SIZE = 256
 OBJECTS = 2
-
-# transformers' names to ours, in order; the first group of rules that matches is applied once.
-RENAMES = [
-    (r"^no_memory_embedding$", "no_mem_embed"),
-    (
-        r"^prompt_encoder\.shared_embedding\.positional_embedding$",
-        "sam_prompt_encoder.pe_layer.positional_encoding_gaussian_matrix",
-    ),
-    (
-        r"^vision_encoder\.backbone\.patch_embed\.projection\.",
-        "image_encoder.trunk.patch_embed.proj.",
-    ),
-    (r"^vision_encoder\.backbone\.", "image_encoder.trunk."),
-    (r"^vision_encoder\.neck\.convs\.(\d)\.", r"image_encoder.neck.convs_\1.conv."),
-    (r"^prompt_encoder\.mask_embed\.conv1\.", "sam_prompt_encoder.mask_downscaling_0."),
-    (r"^prompt_encoder\.mask_embed\.layer_norm1\.", "sam_prompt_encoder.mask_downscaling_1."),
-    (r"^prompt_encoder\.mask_embed\.conv2\.", "sam_prompt_encoder.mask_downscaling_3."),
-    (r"^prompt_encoder\.mask_embed\.layer_norm2\.", "sam_prompt_encoder.mask_downscaling_4."),
-    (r"^prompt_encoder\.mask_embed\.conv3\.", "sam_prompt_encoder.mask_downscaling_6."),
-    (r"^prompt_encoder\.", "sam_prompt_encoder."),
-    (r"^mask_decoder\.upscale_conv1\.", "sam_mask_decoder.output_upscaling_0."),
-    (r"^mask_decoder\.upscale_layer_norm\.", "sam_mask_decoder.output_upscaling_1."),
-    (r"^mask_decoder\.upscale_conv2\.", "sam_mask_decoder.output_upscaling_3."),
-    (r"^mask_decoder\.", "sam_mask_decoder."),
-]
-INSIDE = [
-    (r"^(.*(?:hypernetworks_mlps\.\d|_head))\.layers\.0\.", r"\1.layers_1."),
-    (r"^(.*(?:hypernetworks_mlps\.\d|_head))\.proj_out\.", r"\1.layers_2."),
-    (r"^(.*)\.proj_in\.", r"\1.layers_0."),
-    (r"^(.*)\.mlp\.proj_out\.", r"\1.mlp.layers_1."),
-    (r"\.o_proj\.", ".out_proj."),
-    (r"\.layer_norm_final_attn\.", ".norm_final_attn."),
-    (r"\.layer_norm(\d)\.", r".norm\1."),
-    (r"\.(blocks|layers|output_hypernetworks_mlps)\.(\d+)\.", r".\1_\2."),
-]
-
-
-def our_name(name):
-    for pattern, replacement in RENAMES:
-        if re.search(pattern, name):
-            name = re.sub(pattern, replacement, name)
-            break
-    else:
-        raise AssertionError(f"no rule for {name}")
-    for pattern, replacement in INSIDE:
-        name = re.sub(pattern, replacement, name)
-    return name
-
-
-def our_array(name, array):
-    """Our path and layout of one of transformers' arrays."""
-    path, _, leaf = our_name(name).rpartition(".")
-    if leaf in ("pos_embed", "pos_embed_window"):
-        array = array.transpose(0, 2, 3, 1)
-    elif leaf == "weight" and array.ndim == 4:
-        leaf = "kernel"
-        transposed = "upscale_conv" in name
-        array = array.transpose((2, 3, 0, 1) if transposed else (2, 3, 1, 0))
-    elif leaf == "weight" and array.ndim == 1:
-        leaf = "scale"
-    elif leaf == "weight" and re.search(r"(_embed|_token|_tokens)$", path):
-        leaf = "embedding"
-    elif leaf == "weight":
-        leaf, array = "kernel", array.T
-    return "/".join(filter(None, (path.replace(".", "/"), leaf))), array
-
-
-def our_params(arrays):
-    flat = {}
-    for name, array in arrays.items():
-        if name == "shared_image_embedding.positional_embedding":
-            continue  # stored twice there
-        if name == "prompt_encoder.point_embed.weight":
-            for i, row in enumerate(array):
-                flat[f"sam_prompt_encoder/point_embeddings_{i}/embedding"] = row[None]
-            continue
-        path, value = our_array(name, array)
-        assert path not in flat, path
-        flat[path] = value
-    return traverse_util.unflatten_dict(flat, sep="/")
-
-
-def reference(name, size):
-    """transformers' model with random weights that look trained: no zeros, no ones."""
-    config = preset(name, size, memory=False)
-    widths = [config.embed_dim * 2**i for i in range(4)]
-    backbone = transformers.Sam2HieraDetConfig(
-        hidden_size=config.embed_dim,
-        num_attention_heads=config.heads,
-        image_size=[size, size],
-        window_positional_embedding_background_size=[config.pos_table] * 2,
-        blocks_per_stage=list(config.depths),
-        embed_dim_per_stage=widths,
-        num_attention_heads_per_stage=[config.heads * 2**i for i in range(4)],
-        window_size_per_stage=list(config.windows),
-        global_attention_blocks=list(config.global_blocks),
-    )
-    vision = transformers.Sam2VisionConfig(
-        backbone_config=backbone,
-        backbone_channel_list=widths[::-1],
-        backbone_feature_sizes=[[size // s] * 2 for s in config.strides],
-    )
-    model = transformers.Sam2Model(
-        transformers.Sam2Config(
-            vision_config=vision,
-            prompt_encoder_config={"image_size": size},
-            mask_decoder_config={"dynamic_multimask_via_stability": False},
-        )
-    ).eval()
-    generator = np.random.default_rng(0)
-    state = {}
-    for key, value in model.state_dict().items():
-        noise = generator.standard_normal(value.shape)
-        if value.ndim == 1:
-            noise = 0.2 * noise + (1.0 if key.endswith("weight") else 0.0)
-        elif key.endswith("weight") and not re.search(r"(_embed|_token|_tokens)\.weight$", key):
-            noise = noise / np.sqrt(value[0].numel())
-        elif "pos_embed" in key:
-            noise = 0.5 * noise
-        state[key] = torch.tensor(noise, dtype=torch.float32)
-    frequencies = "prompt_encoder.shared_embedding.positional_embedding"
-    state["shared_image_embedding.positional_embedding"] = state[frequencies]
-    model.load_state_dict(state, strict=True)
-    params = our_params({key: value.numpy() for key, value in state.items()})
-    return model, Sam2(config), params
-
 
 SLOW = [pytest.param(n, marks=pytest.mark.slow) for n in ("small", "base_plus", "large")]
 
@@ -155,22 +26,12 @@ SLOW = [pytest.param(n, marks=pytest.mark.slow) for n in ("small", "base_plus", 
 @pytest.fixture(scope="module", params=["tiny", *SLOW])
 def pair(request):
     with torch.no_grad():
-        model, ours, params = reference(request.param, SIZE)
+        model, ours, params = image_reference(request.param, SIZE)
     image = np.random.default_rng(1).standard_normal((2, SIZE, SIZE, 3)).astype(np.float32)
     encode = jax.jit(lambda p, x: ours.apply({"params": p}, x, method="encode_image"))
     features = encode(params, image)
     decode = jax.jit(lambda p, f, *a: ours.apply({"params": p}, f, *a, method="decode"))
     return model, ours, params, image, features, decode
-
-
-def close(ours, theirs, tolerance=TOLERANCE):
-    ours, theirs = np.asarray(ours), theirs.detach().numpy()
-    assert ours.shape == theirs.shape
-    scale = np.sqrt(np.mean(np.square(theirs)))
-    assert scale > 1e-3, "the reference is degenerate"
-    error = np.abs(ours - theirs).max() / scale
-    print(f"relative error {error:.2e}")
-    assert error <= tolerance, f"relative error {error:.2e}"
 
 
 def pixels(image):
@@ -274,7 +135,7 @@ def test_prompt_embeddings(pair):
 def gradients():
     """Gradients of one scalar of every output with respect to all parameters, both sides."""
     size = 64
-    model, ours, params = reference("tiny", size)
+    model, ours, params = image_reference("tiny", size)
     generator = np.random.default_rng(3)
     image = generator.standard_normal((2, size, size, 3)).astype(np.float32)
     box = np.array([[[8, 10, 40, 50]], [[20, 4, 60, 33]]], np.float32)
@@ -295,7 +156,7 @@ def gradients():
         name: np.zeros(value.shape, np.float32) if value.grad is None else value.grad.numpy()
         for name, value in model.named_parameters()
     }
-    theirs = traverse_util.flatten_dict(our_params(arrays), sep="/")
+    theirs = traverse_util.flatten_dict(to_ours(from_hugging_face(arrays)), sep="/")
 
     def loss(params):
         points, labels = box.reshape(2, 1, 2, 2), jnp.tile(jnp.array([2, 3]), (2, 1, 1))
