@@ -13,9 +13,9 @@ import jax.numpy as jnp
 from jax import lax
 
 from sss_jax.axes import Array, Bool, Float, Int
+from sss_jax.models.components import component_sizes, join_planes, plane_components
 from sss_jax.models.prompt_encoder import Prompts
 from sss_jax.options import PCSWOptions
-from sss_jax.ssl.components import component_sizes, join_planes, plane_components
 from sss_jax.ssl.prompts import box_centre, full_box, tight_box, to_prompts
 
 _RESOLUTION = 10_000  # of tau; its square must fit int32

@@ -12,7 +12,7 @@ from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 from scipy import ndimage
 
-from sss_jax.ssl.components import component_sizes, label_components, plane_components
+from sss_jax.models.components import component_sizes, label_components, plane_components
 
 SHAPE = (5, 7, 9)
 
