@@ -14,8 +14,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from sss_jax.conversion.official import BUFFER, POINT_KINDS
+from sss_jax.conversion.official import BUFFER
 from sss_jax.conversion.tensors import Refused, Spec, Tensors, lazy, listed
+from sss_jax.models.presets import POINT_KINDS
 
 
 class Leaf(NamedTuple):

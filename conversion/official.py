@@ -9,16 +9,19 @@ import itertools
 import math
 from collections.abc import Sequence
 
-from sss_jax.models.presets import VERSIONS, Sam2Config, preset
+from sss_jax.models.presets import (
+    FUSER_KERNEL,
+    FUSER_LAYERS,
+    POINT_KINDS,
+    VERSIONS,
+    Sam2Config,
+    preset,
+)
 
 VARIANTS = ("tiny", "small", "base_plus", "large")
 
 BUFFER = "sam_prompt_encoder.pe_layer.positional_encoding_gaussian_matrix"
 """Fixed frequencies: part of every checkpoint, never trained, in no count of parameters."""
-
-POINT_KINDS = 4
-FUSER_LAYERS = 2
-FUSER_KERNEL = 7
 
 Shapes = dict[str, tuple[int, ...]]
 

@@ -18,6 +18,7 @@ import numpy as np
 
 from sss_jax import atomic
 from sss_jax.conversion.tensors import (
+    MAX_AXES,
     MAX_TENSOR_BYTES,
     Refused,
     Spec,
@@ -25,13 +26,13 @@ from sss_jax.conversion.tensors import (
     lazy,
     listed,
     open_file,
+    read_at,
     reading,
     shown,
     writing,
 )
 
 MAX_HEADER = 2**21
-MAX_AXES = 8
 _ABOUT = "__metadata__"
 
 DTYPES: dict[str, np.dtype] = {
@@ -133,11 +134,7 @@ def _check_cover(places: Iterable[tuple[int, int]], size: int) -> None:
 def _read_tensor(stream: BinaryIO, spec: Spec, position: int, size: int) -> np.ndarray:
     if size > MAX_TENSOR_BYTES:
         raise Refused(f"it declares a tensor of {size:,} bytes; at most {MAX_TENSOR_BYTES:,}")
-    stream.seek(position)
-    data = stream.read(size)
-    if len(data) != size:
-        raise Refused("it is cut short; copy or download it again")
-    return np.frombuffer(data, spec.dtype).reshape(spec.shape)
+    return np.frombuffer(read_at(stream, position, size), spec.dtype).reshape(spec.shape)
 
 
 def write_safetensors(

@@ -10,7 +10,6 @@ import hashlib
 import json
 import math
 import os
-import secrets
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -263,7 +262,7 @@ def _exists(target: Path) -> CheckpointError:
 def _new_folder(target: Path) -> Iterator[Path]:
     """Yield a folder that becomes `target` when the block ends without an error."""
     final = Path(os.path.abspath(target))  # "." has no name
-    temporary = final.with_name(f"{atomic.TEMPORARY_PREFIX}{secrets.token_hex(4)}-{final.name}")
+    temporary = atomic.temporary_beside(final)
     new_parents = [parent for parent in final.parents if not parent.exists()]
     with writing(target):
         try:
@@ -285,12 +284,7 @@ def _settle(temporary: Path, target: Path) -> None:
             return
         raise _exists(target)
     os.rename(temporary, target)
-    with contextlib.suppress(OSError):  # some file systems cannot flush a folder
-        descriptor = os.open(target.parent, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+    atomic.flush(target.parent)
 
 
 def _same_bytes(first: Path, second: Path) -> bool:

@@ -8,7 +8,7 @@ import contextlib
 from collections.abc import Callable, Iterator, Mapping
 from io import BufferedReader
 from pathlib import Path
-from typing import NamedTuple, Self
+from typing import BinaryIO, NamedTuple, Self
 
 import numpy as np
 
@@ -16,6 +16,8 @@ from sss_jax.errors import CheckpointError
 
 MAX_TENSOR_BYTES = 2**26
 """Most bytes read for one tensor: three times the largest one of any published SAM-2."""
+
+MAX_AXES = 8
 
 _SHOWN = 80
 
@@ -86,6 +88,19 @@ def open_file(path: Path) -> BufferedReader:
     if not path.is_file():
         raise Refused("there is no such file; check the path")
     return path.open("rb")
+
+
+def read_at(stream: BinaryIO, position: int, length: int) -> bytes:
+    """Bytes from a position of a file, all of them.
+
+    Raises:
+        Refused: the file ends before.
+    """
+    stream.seek(position)
+    data = stream.read(length)
+    if len(data) != length:
+        raise Refused("it is cut short; copy or download it again")
+    return data
 
 
 @contextlib.contextmanager

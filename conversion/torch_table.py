@@ -11,9 +11,7 @@ from typing import Any, NamedTuple
 import ml_dtypes
 import numpy as np
 
-from sss_jax.conversion.tensors import Refused, Spec
-
-MAX_AXES = 8
+from sss_jax.conversion.tensors import MAX_AXES, Refused, Spec
 
 STORAGES: dict[str, np.dtype] = {
     "torch.FloatStorage": np.dtype(np.float32),

@@ -105,7 +105,7 @@ def _their_outputs(
 ) -> Outputs:
     import torch
 
-    model = _their_model(config)
+    model = their_model(config)
     state = keymap.to_hugging_face(tensors)
     model.load_state_dict({name: torch.tensor(state[name]) for name in model.state_dict()})
     inputs = {
@@ -124,7 +124,8 @@ def _their_outputs(
     }
 
 
-def _their_model(config: Sam2Config) -> Any:
+def vision_config(config: Sam2Config) -> Any:
+    """Transformers' description of our image encoder."""
     import transformers
 
     size, widths = config.image_size, [config.embed_dim * 2**i for i in range(4)]
@@ -139,14 +140,20 @@ def _their_model(config: Sam2Config) -> Any:
         window_size_per_stage=list(config.windows),
         global_attention_blocks=list(config.global_blocks),
     )
-    vision = transformers.Sam2VisionConfig(
+    return transformers.Sam2VisionConfig(
         backbone_config=backbone,
         backbone_channel_list=widths[::-1],
         backbone_feature_sizes=[[size // stride] * 2 for stride in config.strides],
     )
+
+
+def their_model(config: Sam2Config) -> Any:
+    """Transformers' `Sam2Model` in the shape of ours, with weights of its own."""
+    import transformers
+
     whole = transformers.Sam2Config(
-        vision_config=vision,
-        prompt_encoder_config={"image_size": size},
+        vision_config=vision_config(config),
+        prompt_encoder_config={"image_size": config.image_size},
         mask_decoder_config={"dynamic_multimask_via_stability": False},
     )
     return transformers.Sam2Model(whole).eval()

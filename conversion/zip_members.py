@@ -8,7 +8,7 @@ import struct
 import zlib
 from typing import BinaryIO, NamedTuple
 
-from sss_jax.conversion.tensors import Refused, shown
+from sss_jax.conversion.tensors import Refused, read_at, shown
 
 MAX_MEMBERS = 50_000
 MAX_DIRECTORY = 2**23
@@ -55,7 +55,7 @@ class StoredZip:
         self._stream = stream
         self._verified: set[str] = set()
         offset, length, count = _find_directory(stream)
-        data = _read_at(stream, offset, length)
+        data = read_at(stream, offset, length)
         self.members = _parse_directory(stream, data, count, offset)
 
     def read(self, name: str, start: int = 0, length: int | None = None) -> bytes:
@@ -64,7 +64,7 @@ class StoredZip:
         length = member.size - start if length is None else length
         if not 0 <= start <= start + length <= member.size:
             raise Refused(f"its member {shown(name)} ends before the bytes it should hold")
-        data = _read_at(self._stream, member.start + start, length)
+        data = read_at(self._stream, member.start + start, length)
         if length == member.size:
             _compare(member, zlib.crc32(data))
         elif name not in self._verified:
@@ -84,18 +84,10 @@ def _compare(member: Member, crc32: int) -> None:
 def _checksum(stream: BinaryIO, member: Member) -> int:
     crc32, position, end = 0, member.start, member.start + member.size
     while position < end:
-        block = _read_at(stream, position, min(_CHUNK, end - position))
+        block = read_at(stream, position, min(_CHUNK, end - position))
         crc32 = zlib.crc32(block, crc32)
         position += len(block)
     return crc32
-
-
-def _read_at(stream: BinaryIO, position: int, length: int) -> bytes:
-    stream.seek(position)
-    data = stream.read(length)
-    if len(data) != length:
-        raise Refused("it is cut short; copy or download it again")
-    return data
 
 
 def _find_directory(stream: BinaryIO) -> tuple[int, int, int]:
@@ -104,7 +96,7 @@ def _find_directory(stream: BinaryIO) -> tuple[int, int, int]:
     if end < 0:
         raise Refused("it is too short for a zip archive")
     mark, disk, start_disk, here, count, length, offset, comment = _END.unpack(
-        _read_at(stream, end, _END.size)
+        read_at(stream, end, _END.size)
     )
     if mark != b"PK\5\6" or comment:
         raise Refused("it does not end like a checkpoint; copy or download it again")
@@ -124,13 +116,13 @@ def _find_directory64(stream: BinaryIO, end: int) -> tuple[int, int, int, int] |
     locator = end - _LOCATOR64.size
     if locator < 0:
         return None
-    mark, _, position, _ = _LOCATOR64.unpack(_read_at(stream, locator, _LOCATOR64.size))
+    mark, _, position, _ = _LOCATOR64.unpack(read_at(stream, locator, _LOCATOR64.size))
     if mark != b"PK\6\7":
         return None
     if position != locator - _END64.size:
         raise Refused("its 64-bit end record is not where it should be")
     mark, _, _, _, _, _, here, count, length, offset = _END64.unpack(
-        _read_at(stream, position, _END64.size)
+        read_at(stream, position, _END64.size)
     )
     if mark != b"PK\6\6" or here != count:
         raise Refused("its 64-bit end record is damaged")
@@ -215,9 +207,9 @@ def _data_start(
     if header + _LOCAL.size > limit:
         raise Refused(f"its member {shown(name)} lies beyond the data")
     mark, _, own_flags, method, _, _, _, packed, own_size, name_size, extra_size = _LOCAL.unpack(
-        _read_at(stream, header, _LOCAL.size)
+        read_at(stream, header, _LOCAL.size)
     )
-    own_name = _read_at(stream, header + _LOCAL.size, name_size)
+    own_name = read_at(stream, header + _LOCAL.size, name_size)
     if mark != b"PK\3\4" or method or own_flags != flags or own_name != name.encode():
         raise Refused(f"its member {shown(name)} is described in two ways")
     known = not flags & _SIZES_FOLLOW and _UNKNOWN32 not in (packed, own_size)

@@ -39,16 +39,21 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
     symbolic link is followed, and the permissions of a file that is replaced are kept.
     """
     final = Path(os.path.realpath(path))
-    temporary = final.with_name(f"{TEMPORARY_PREFIX}{secrets.token_hex(4)}-{final.name}")
+    temporary = temporary_beside(final)
     try:
         yield temporary
         _keep_mode(final, temporary)
-        _flush(temporary)
+        flush(temporary)
         os.replace(temporary, final)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
-    _flush(final.parent)
+    flush(final.parent)
+
+
+def temporary_beside(final: Path) -> Path:
+    """Return an unused name in the folder of `final`, whose end is that of `final`."""
+    return final.with_name(f"{TEMPORARY_PREFIX}{secrets.token_hex(4)}-{final.name}")
 
 
 def _keep_mode(old: Path, new: Path) -> None:
@@ -56,7 +61,7 @@ def _keep_mode(old: Path, new: Path) -> None:
         os.chmod(new, old.stat().st_mode & 0o7777)
 
 
-def _flush(path: Path) -> None:
+def flush(path: Path) -> None:
     """Force a file or a folder to the disk."""
     if path.is_dir():
         # Some file systems cannot flush a folder; the rename is still atomic there.

@@ -202,13 +202,15 @@ def _render_summary(summary: dict[str, Any]) -> str:
     return "\n".join(f"{name}: {value}" for name, value in summary.items())
 
 
+def _say(line: str) -> None:
+    """Show progress beside the result."""
+    print(line, file=sys.stderr)
+
+
 def _convert(args: argparse.Namespace) -> int:
     from sss_jax.conversion.sam2 import run
 
-    def say(line: str) -> None:
-        print(line, file=sys.stderr)
-
-    result = run(args.source, args.target, to_torch=args.to_torch, verify=args.verify, report=say)
+    result = run(args.source, args.target, to_torch=args.to_torch, verify=args.verify, report=_say)
     print(json.dumps(result, indent=2) if args.json else result["target"])
     return 0
 
@@ -235,7 +237,7 @@ def _predict(args: argparse.Namespace) -> int:
         args.output,
         which=args.which,
         subset=args.subset,
-        report=lambda line: print(line, file=sys.stderr),
+        report=_say,
     )
     if args.json:
         print(json.dumps({"output": str(args.output), "failures": failures}, indent=2))

@@ -8,7 +8,6 @@ import csv
 import dataclasses
 import hashlib
 import io
-import json
 import math
 import os
 from collections.abc import Iterable, Sequence
@@ -19,10 +18,10 @@ import numpy as np
 
 from sss_jax.atomic import write_json, write_text
 from sss_jax.data.faults import FileFault, shown
-from sss_jax.data.folders import PREDICTION_STAMP
+from sss_jax.data.folders import PREDICTION_STAMP, read_json
 from sss_jax.data.nifti import Volume, is_nifti, read_labels, stem
 from sss_jax.errors import ConfigError, DataError
-from sss_jax.metrics.scores import METRICS, Row, absent_row, score_case, summarise
+from sss_jax.metrics.scores import METRICS, Row, absent_row, score_case, summarise, usual_names
 from sss_jax.options import DataOptions, EvalOptions
 
 __all__ = ["Row", "Summary", "evaluate", "score_case"]
@@ -146,7 +145,7 @@ def evaluate(
     pairs, unused = _pair(Path(pred_folder), Path(ref_folder), cases)
     rows, unit = _score_all(pairs, limit, tolerance)
     number = limit or max(row.label for row in rows)
-    names = class_names or [f"class {k}" for k in range(1, number + 1)]
+    names = class_names or usual_names(number)
     files = {case: {"prediction": _sha(p), "reference": _sha(r)} for case, (p, r) in pairs.items()}
     rows = [row for case in pairs for row in _complete(case, rows, number)]
     summary = Summary(tuple(rows), tuple(names), unit, tolerance, files, unused)
@@ -159,15 +158,15 @@ def evaluate(
 
 def _written_names(pred_folder: Path) -> list[str] | None:
     stamp = pred_folder / PREDICTION_STAMP
-    try:
-        return list(json.loads(stamp.read_text())["class_names"])
-    except FileNotFoundError:
+    if not stamp.is_file():
         return None
-    except (ValueError, KeyError, TypeError) as error:
+    names = read_json(stamp).get("class_names")
+    if not isinstance(names, list):
         raise DataError(
-            f"{shown(stamp)} does not name the classes ({error!r}); "
+            f"{shown(stamp)} does not name the classes; "
             "predict again, or give the number of classes"
-        ) from error
+        )
+    return names
 
 
 def _pair(

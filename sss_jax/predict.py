@@ -17,6 +17,7 @@ from sss_jax.data.examples import Example, prepare
 from sss_jax.data.folders import PREDICTION_STAMP
 from sss_jax.data.nifti import read_volume, stem, write_labels
 from sss_jax.errors import CheckpointError, ConfigError, DataError
+from sss_jax.metrics.scores import usual_names
 from sss_jax.models.sss import build_model
 from sss_jax.options import Options
 from sss_jax.ssl.volume import VolumeFunction, make_volume_function, predict_example
@@ -73,8 +74,7 @@ def load_predictor(workdir: Path, which: str = "best") -> Predictor:
 
 
 def _class_names(options: Options) -> list[str]:
-    numbered = [f"class {k}" for k in range(1, options.model.num_classes + 1)]
-    return list(options.data.class_names) or numbered
+    return list(options.data.class_names) or usual_names(options.model.num_classes)
 
 
 def target_name(source: Path) -> str:

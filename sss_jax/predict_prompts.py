@@ -12,7 +12,6 @@ box lies on one slice. A mask is a label volume on the image's grid, beside the 
 `slices` (default: all that hold `label`) counts along the axis that the image is cut along.
 """
 
-import json
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ import numpy as np
 
 from sss_jax import sam2
 from sss_jax.data.examples import scan
+from sss_jax.data.folders import inside, read_json
 from sss_jax.data.geometry import Frame, from_slices, turn
 from sss_jax.data.nifti import Volume, read_labels, read_volume, refuse_other_grid, write_labels
 from sss_jax.data.places import to_upright, to_voxels
@@ -77,7 +77,7 @@ def read_prompts(
     Raises:
         DataError: not such a file, or prompts outside the volume.
     """
-    content = _read_json(path)
+    content = read_json(path, _MAX_TEXT)
     space = content.get("space", "voxel")
     if space not in SPACES:
         raise DataError(f'{path}: "space" is {space!r}; use "voxel" or "world"')
@@ -94,20 +94,6 @@ def read_prompts(
         reader = _Reader(where, path.parent, volume, frame, options, space == "world")
         prompts[int(name)] = reader.read(entries)
     return prompts
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        if path.stat().st_size > _MAX_TEXT:
-            raise DataError(f"{path} is too large for a prompt file")
-        content = json.loads(path.read_text())
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror})") from error
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"{path} is not JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise DataError(f"{path}: a prompt file holds one JSON object")
-    return content
 
 
 class _Reader:
@@ -194,9 +180,7 @@ class _Reader:
             self.clicks[round(index)].append((x, y, kind))
 
     def _mask(self, entry: dict[str, Any]) -> None:
-        path = (self.folder / str(entry["mask"])).resolve()
-        if not path.is_relative_to(self.folder.resolve()):
-            raise DataError(f"{self.where}: {entry['mask']} lies outside {self.folder}")
+        path = inside(self.folder, self.folder / str(entry["mask"]))
         labels = read_labels(path, _MAX_LABEL, self.options.max_voxels)
         refuse_other_grid(labels, path, self.volume)
         chosen = turn(labels.array, self.frame) == entry.get("label", 1)

@@ -12,6 +12,7 @@ from sss_jax.data.folders import Case, find_cases, read_json
 from sss_jax.data.nifti import is_nifti, stem
 from sss_jax.errors import DataError
 from sss_jax.evaluate import plain_cell
+from sss_jax.metrics.scores import usual_names
 
 _SPECIAL = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 
@@ -113,7 +114,7 @@ def _class_names(folder: RunFolder) -> list[str]:
     """Return the names of the test summary or, where it has none, of the split file."""
     classes = folder.summary.get("classes", [])
     count = len(classes) or int(folder.config.get("model", {}).get("num_classes", 0))
-    usual = [f"class {k}" for k in range(1, count + 1)]
+    usual = usual_names(count)
     names = [str(row.get("name", "")) for row in classes] or usual
     data, split = folder.run.get("data"), folder.run.get("split")
     if names != usual or not (isinstance(data, str) and isinstance(split, str)):

@@ -26,6 +26,7 @@ from sss_jax.data.resize import resize_image, resize_matrix
 from sss_jax.errors import DataError
 from sss_jax.models import tracking
 from sss_jax.models.image_encoder import Features, normalise_image
+from sss_jax.models.layers import padded_size
 from sss_jax.models.presets import preset
 from sss_jax.models.prompt_encoder import BOX_END, BOX_START, PADDING, Prompts
 from sss_jax.models.sam2 import Sam2
@@ -207,8 +208,8 @@ def predict_volume(
     _check_prompts(prompts, volume.shape)
     objects = tuple(prompts)
     square = np.stack([_square(image, network.size) for image in volume])
-    padded = -(-len(square) // SLICE_BUCKET) * SLICE_BUCKET
-    square = np.pad(square, ((0, padded - len(square)), *[(0, 0)] * 3))
+    missing = padded_size(len(square), SLICE_BUCKET) - len(square)
+    square = np.pad(square, ((0, missing), *[(0, 0)] * 3))
     prompted = _prompt_slices(network, square, [prompts[k] for k in objects], volume.shape[1:])
     start = min(p.slice for group in prompts.values() for p in group)
     track = _propagate(
@@ -249,17 +250,18 @@ def _prompt_slices(
     side = network.size // model.config.strides[2]
     slots = max(len(group) for group in groups)
     state = tracking.nothing_prompted(model, (side, side), len(groups), slots)
-    wide = max((len(p.tokens()[1]) for group in groups for p in group), default=1) or 1
+    wide = max(1, *(len(p.tokens()[1]) for group in groups for p in group))
     for index in sorted({p.slice for group in groups for p in group}):
         here = [next((p for p in group if p.slice == index), None) for group in groups]
         features = _encode(model, params, square[index][None])
         at = jnp.int32(index)
-        if any(p is not None and p.mask is None for p in here):
+        drawn = [p is not None and p.mask is not None for p in here]
+        pointed = [p is not None and p.mask is None for p in here]
+        if any(pointed):
             state = _prompt(model, params, state, features, at, _padded(here, wide, plane, network))
-        if any(p is not None and p.mask is not None for p in here):
-            where = np.array([[p is not None and p.mask is not None for p in here]])
+        if any(drawn):
             masks = np.stack([_square_mask(p, network.size) for p in here])[None]
-            state = _adopt(model, params, state, features, at, masks, where)
+            state = _adopt(model, params, state, features, at, masks, np.array([drawn]))
     return state
 
 
@@ -329,7 +331,7 @@ def _to_size(planes: NDArray[np.float32], size: tuple[int, ...]) -> NDArray[np.f
     """Resize planes [..., h, w] bilinearly."""
     *lead, height, width = planes.shape
     flat = np.ascontiguousarray(planes.reshape(-1, height, width), np.float32)
-    into = resize_matrix(height, size[0], 0, size[0]), resize_matrix(width, size[1], 0, size[1])
+    into = resize_matrix(height, size[0]), resize_matrix(width, size[1])
     return resize_image(flat, *into).reshape(*lead, *size[:2])
 
 

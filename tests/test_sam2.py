@@ -16,10 +16,9 @@ from sss_jax.models.prompt_encoder import PADDING
 from sss_jax.models.sam2 import Sam2
 from sss_jax.options import DataOptions
 from sss_jax.predict_prompts import data_options, predict_prompted, read_prompts
-from tests.models.test_memory import CONFIG
-from tests.models.test_sam2 import random_params
+from tests.small_networks import TRACKING_CONFIG, random_params
 
-MODEL = Sam2(CONFIG)
+MODEL = Sam2(TRACKING_CONFIG)
 SHAPE = (40, 48, 7)
 
 

@@ -5,6 +5,7 @@ square, `restore_labels` goes the whole way back.
 """
 
 import dataclasses
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -201,21 +202,43 @@ def restore_probabilities(prob_SHWK: Image, placement: Placement) -> Image:
     return np.moveaxis(np.matmul(np.matmul(rows, planes), columns.T), 1, -1)
 
 
-def restore_labels(prob_SHWK: Image, placement: Placement, least: float = 0.0) -> Labels:
+def restore_labels(prob_SHWK: Image, placement: Placement) -> Labels:
     """Return the most likely class of every voxel, in storage order and shape.
 
     Args:
         prob_SHWK: probabilities of the background and the classes, for every slice of the volume.
         placement: as `prepare` made it.
-        least: voxels whose largest probability is below it become background.
     """
+    label = np.empty((len(prob_SHWK), *placement.plane), np.uint8)
+    for index, plane_HWK in enumerate(_native_planes(prob_SHWK, placement)):
+        label[index] = plane_HWK.argmax(axis=-1)
+    return np.ascontiguousarray(from_slices(label, placement.frame))
+
+
+def restore_confident(
+    prob_SHWK: Image, placement: Placement, least: float
+) -> tuple[Labels, Labels]:
+    """Return the labels of `restore_labels`, and the same without what is not sure.
+
+    Args:
+        prob_SHWK: as for `restore_labels`.
+        placement: as `prepare` made it.
+        least: in the second map, voxels whose largest probability is below it are background.
+    """
+    label = np.empty((2, len(prob_SHWK), *placement.plane), np.uint8)
+    for index, plane_HWK in enumerate(_native_planes(prob_SHWK, placement)):
+        label[0, index] = best_HW = plane_HWK.argmax(axis=-1)
+        label[1, index] = np.where(plane_HWK.max(axis=-1) < least, 0, best_HW)
+    every, sure = (np.ascontiguousarray(from_slices(x, placement.frame)) for x in label)
+    return every, sure
+
+
+def _native_planes(prob_SHWK: Image, placement: Placement) -> Iterator[Image]:
+    """Yield the probabilities of each slice at native size, [h, w, K]."""
     frame = placement.frame
     slices = frame.shape[frame.axes[0]]
     if len(prob_SHWK) != slices:
         raise ValueError(f"{len(prob_SHWK)} slices of probabilities for a volume of {slices}")
-    label = np.empty((slices, *placement.plane), np.uint8)
     # One slice at a time: all classes of a whole CT at native size need many gigabytes.
     for index in range(slices):
-        one = restore_probabilities(prob_SHWK[index : index + 1], placement)[0]
-        label[index] = np.where(one.max(axis=-1) < least, 0, one.argmax(axis=-1))
-    return np.ascontiguousarray(from_slices(label, frame))
+        yield restore_probabilities(prob_SHWK[index : index + 1], placement)[0]

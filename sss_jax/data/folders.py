@@ -106,15 +106,15 @@ def read_subjects(root: Path) -> dict[str, str]:
     return {row["case"]: row[column] for row in rows if row["case"] and row[column]}
 
 
-def read_text(path: Path) -> str:
+def read_text(path: Path, limit: int = _MAX_TEXT) -> str:
     """Return a small UTF-8 text file.
 
     Raises:
-        FileFault: missing, unreadable, larger than 64 MiB or not UTF-8.
+        FileFault: missing, unreadable, larger than `limit` bytes or not UTF-8.
     """
     try:
-        if path.stat().st_size > _MAX_TEXT:
-            raise FileFault(path, f"is larger than {_MAX_TEXT:,} bytes", "name the right file")
+        if path.stat().st_size > limit:
+            raise FileFault(path, f"is larger than {limit:,} bytes", "name the right file")
         return path.read_text(encoding="utf-8-sig")
     except OSError as error:
         problem = f"cannot be read: {error.strerror}"
@@ -123,10 +123,10 @@ def read_text(path: Path) -> str:
         raise FileFault(path, "is not UTF-8 text", "save it as UTF-8") from error
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """Return the object of a small JSON file, or raise FileFault."""
+def read_json(path: Path, limit: int = _MAX_TEXT) -> dict[str, Any]:
+    """Return the object of a JSON file of at most `limit` bytes, or raise FileFault."""
     try:
-        content = json.loads(read_text(path))
+        content = json.loads(read_text(path, limit))
     except (json.JSONDecodeError, RecursionError) as error:
         raise FileFault(path, f"is not valid JSON ({error})", "correct it") from error
     if not isinstance(content, dict):

@@ -103,6 +103,11 @@ def _score_class(
     )
 
 
+def usual_names(num_classes: int) -> list[str]:
+    """Return names for the classes 1..K where nobody gave any."""
+    return [f"class {k}" for k in range(1, num_classes + 1)]
+
+
 def summarise(rows: Iterable[Row], class_names: Sequence[str]) -> dict[str, Any]:
     """Summarise rows: mean, standard deviation and counts per class, and means over classes.
 

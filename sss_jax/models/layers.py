@@ -73,7 +73,7 @@ def merge_heads(x: Float[Array, "... heads d"]) -> Float[Array, "... C"]:
 
 
 def padded_size(size: int, window: int) -> int:
-    """Smallest multiple of `window` that holds `size` tokens."""
+    """Smallest multiple of `window` that holds `size`."""
     return -(-size // window) * window
 
 

@@ -23,7 +23,7 @@ POSITION_SHARE = 0.1
 """Weight of the positional encoding that is added to the features."""
 
 QUERY_BLOCK = 512
-"""Queries that look at the memory at once: their logits stay in the cache of a CPU."""
+"""Queries that look at the memory at once; bounds the memory that their logits take."""
 
 _OFF = -1e30  # logit of a key that is switched off
 
@@ -130,17 +130,13 @@ def blockwise_attention(
     """
     b, heads = k.shape[:2]
     q = jnp.broadcast_to(q, (b, heads, *q.shape[2:]))
-    if valid is not None:
-        # All objects see the same keys of a slice, so an empty slot is masked by its bias alone.
-        bias = jnp.where(valid, 0.0, _OFF)[:, :, None]
-    else:
-        bias = jnp.zeros((1, 1, 1, 1), jnp.float32)
     values = jnp.concatenate([v, jnp.ones((*v.shape[:-1], 1), v.dtype)], axis=-1)
 
     @jax.checkpoint
     def block(q_BKpD: Array) -> Array:
         logits = jnp.einsum("bkpd,bknd->bkpn", q_BKpD, k, preferred_element_type=jnp.float32)
-        logits = logits + bias
+        if valid is not None:
+            logits = jnp.where(valid[:, :, None], logits, _OFF)
         top = jax.lax.stop_gradient(logits.max(axis=-1, keepdims=True))
         weights = jnp.exp(logits - top).astype(v.dtype)
         total = jnp.einsum("bkpn,bknm->bkpm", weights, values, preferred_element_type=jnp.float32)

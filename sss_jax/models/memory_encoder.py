@@ -12,12 +12,10 @@ import jax.numpy as jnp
 from sss_jax.axes import Array, Float
 from sss_jax.models import layers
 from sss_jax.models.initial import initialiser
-from sss_jax.models.presets import Sam2Config
+from sss_jax.models.presets import FUSER_KERNEL, FUSER_LAYERS, Sam2Config
 
 MASK_SCALE, MASK_SHIFT = 20.0, -10.0
 """Probabilities of the mask are stretched to [-10, 10]."""
-
-_FUSER_LAYERS = 2
 
 
 class MaskDownsampler(nn.Module):
@@ -45,7 +43,7 @@ class MaskDownsampler(nn.Module):
 
 
 class DepthwiseConv(nn.Module):
-    """Depthwise convolution, kernel 7, same size.
+    """Depthwise convolution, same size.
 
     Attributes:
         dtype: computation type.
@@ -57,13 +55,15 @@ class DepthwiseConv(nn.Module):
     def __call__(self, x_NHWC: Float[Array, "N H W C"]) -> Float[Array, "N H W C"]:
         """Convolve every channel with its own kernel."""
         channels = x_NHWC.shape[-1]
-        kernel = self.param("kernel", initialiser("kernel"), (7, 7, 1, channels))
+        kernel = self.param(
+            "kernel", initialiser("kernel"), (FUSER_KERNEL, FUSER_KERNEL, 1, channels)
+        )
         bias = self.param("bias", initialiser("bias"), (channels,))
         y = jax.lax.conv_general_dilated(
             x_NHWC.astype(self.dtype),
             kernel.astype(self.dtype),
             window_strides=(1, 1),
-            padding=((3, 3), (3, 3)),
+            padding="SAME",
             dimension_numbers=("NHWC", "HWIO", "NHWC"),
             feature_group_count=channels,
         )
@@ -103,7 +103,7 @@ class Fuser(nn.Module):
     @nn.compact
     def __call__(self, x_NHWC: Float[Array, "N H W C"]) -> Float[Array, "N H W C"]:
         """Mix features and mask."""
-        for i in range(_FUSER_LAYERS):
+        for i in range(FUSER_LAYERS):
             x_NHWC = FuserBlock(self.dtype, name=f"layers_{i}")(x_NHWC)
         return x_NHWC
 

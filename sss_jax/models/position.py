@@ -56,6 +56,11 @@ def fourier_position(
     return jnp.concatenate([jnp.sin(angle), jnp.cos(angle)], axis=-1)
 
 
+def _sine_periods(count: int) -> np.ndarray:
+    """Periods of `count` channels; each sine shares its own with a cosine."""
+    return 10000.0 ** (2 * (np.arange(count) // 2) / count)
+
+
 def sine_position(height: int, width: int, channels: int) -> np.ndarray:
     """Sine embedding [H * W, D] of a grid: half the channels for y, then half for x.
 
@@ -63,7 +68,7 @@ def sine_position(height: int, width: int, channels: int) -> np.ndarray:
     al. 2020), as in SAM 2.
     """
     half = channels // 2
-    period = 10000.0 ** (2 * (np.arange(half) // 2) / half)
+    period = _sine_periods(half)
 
     def axis(count: int) -> np.ndarray:
         place = np.arange(1, count + 1) / (count + 1e-6) * 2 * np.pi
@@ -78,11 +83,9 @@ def sine_position(height: int, width: int, channels: int) -> np.ndarray:
 
 def sine_of_distance(distance: Float[Array, "..."], channels: int) -> Float[Array, "... D"]:
     """Sine embedding of a number: all sines, then all cosines, float32."""
-    half = channels // 2
-    period = 10000.0 ** (2 * (np.arange(half) // 2) / half)
-    angle = distance[..., None].astype(jnp.float32) / jnp.asarray(period, jnp.float32).reshape(
-        (1,) * distance.ndim + (half,)
-    )
+    period = jnp.asarray(_sine_periods(channels // 2), jnp.float32)
+    period = period.reshape((1,) * distance.ndim + period.shape)
+    angle = distance[..., None].astype(jnp.float32) / period
     return jnp.concatenate([jnp.sin(angle), jnp.cos(angle)], axis=-1)
 
 

@@ -144,6 +144,12 @@ _PRESETS: dict[str, dict[str, Any]] = {
     },
 }
 
+POINT_KINDS = 4
+"""Point labels with an embedding: 0 negative click, 1 positive click, 2 and 3 box corners."""
+
+FUSER_LAYERS, FUSER_KERNEL = 2, 7
+"""Blocks of the memory encoder's fuser, and the side of their depthwise kernels."""
+
 PRESETS = tuple(_PRESETS)
 VERSIONS = ("2.0", "2.1")
 

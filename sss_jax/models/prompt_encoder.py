@@ -12,11 +12,7 @@ import jax.numpy as jnp
 from sss_jax.axes import Array, Bool, Float, Int
 from sss_jax.models import layers, position
 from sss_jax.models.initial import initialiser
-from sss_jax.models.presets import Sam2Config
-
-POINT_KINDS = 4
-"""Labels with an embedding: 0 negative click, 1 positive click, 2 and 3 box corners."""
-
+from sss_jax.models.presets import POINT_KINDS, Sam2Config
 
 PADDING, CLICK, BOX_START, BOX_END = -1, 1, 2, 3
 

@@ -20,7 +20,7 @@ from sss_jax.models.memory_attention import MemoryAttention, MemoryKeys
 from sss_jax.models.memory_bank import MemoryBank, Reach, empty_bank, reach
 from sss_jax.models.memory_encoder import MemoryEncoder
 from sss_jax.models.presets import Sam2Config
-from sss_jax.models.prompt_encoder import PromptEncoder
+from sss_jax.models.prompt_encoder import PromptEncoder, no_prompts
 
 NO_OBJECT = -1024.0
 """Mask logit everywhere where the object is absent."""
@@ -201,19 +201,16 @@ class Sam2(nn.Module):
         present_BK = jnp.any(mask_BKHW > 0, axis=(2, 3))
         flat = mask_BKHW.reshape(b * k, height, width, 1).astype(self.config.compute_dtype)
         prompt = self.mask_downsample(flat).reshape(b, k, *grid)
-        points = jnp.zeros((b, k, 1, 2)), jnp.full((b, k, 1), -1, jnp.int32)
+        none = no_prompts(b, k, slots=1)
         # The map enters the decoder as it is, without the embedding of "no memory".
-        output = self.decode(features, *points, None, prompt, single=True, memory_conditioned=True)
-        sure_BK = output.object_score_BK > 0
-        pointer = self._pointer(output.tokens_BKMD[:, :, 0], sure_BK)
-        pointer = self._absent(pointer, present_BK)
+        output = self.decode(features, *none, None, prompt, single=True, memory_conditioned=True)
+        seen_BK = present_BK & (output.object_score_BK > 0)
+        pointer = self._pointer(output.tokens_BKMD[:, :, 0], seen_BK)
         score = jnp.where(present_BK, MASK_PROMPT_LOGIT, -MASK_PROMPT_LOGIT)
         return Prediction(low, jnp.ones((b, k)), score, pointer)
 
     def _pointer(self, token_BKD: Array, present_BK: Array) -> Float[Array, "B K D"]:
-        return self._absent(self.obj_ptr_proj(token_BKD), present_BK)
-
-    def _absent(self, pointer_BKD: Array, present_BK: Array) -> Float[Array, "B K D"]:
+        pointer_BKD = self.obj_ptr_proj(token_BKD)
         absent = self.no_obj_ptr[None].astype(pointer_BKD.dtype)
         return jnp.where(present_BK[..., None], pointer_BKD, absent)
 

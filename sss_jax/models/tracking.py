@@ -24,7 +24,7 @@ from sss_jax.models.memory_bank import (
     remember_prompted,
     remember_tracked,
 )
-from sss_jax.models.prompt_encoder import Prompts
+from sss_jax.models.prompt_encoder import Prompts, no_prompts
 from sss_jax.models.sam2 import NO_OBJECT, Prediction, Sam2
 
 CLAMP = 32.0
@@ -194,8 +194,8 @@ def track_slice(
     """Segment a slice from what the bank holds; the bank is left to the caller."""
     seen = _call(model, params, "attend_memory")(features, bank, index, num_slices, backwards)
     b, k = bank.memory_slice_BKL.shape[:2]
-    none = jnp.zeros((b, k, 1, 2)), jnp.full((b, k, 1), -1, jnp.int32)
     predict = _call(model, params, "predict")
+    none = no_prompts(b, k, slots=1)
     prediction = predict(seen, *none, multimask=True, memory_conditioned=True)
     return _memory(model, params, features, prediction, binary=False), prediction
 

@@ -10,6 +10,7 @@ import numpy as np
 from sss_jax.axes import Array, Bool, Float, PyTree
 from sss_jax.data.examples import Example, restore_labels
 from sss_jax.losses import upsample_logits
+from sss_jax.models.layers import padded_size
 from sss_jax.models.prompt_encoder import Prompts, no_prompts
 from sss_jax.models.sss import SSSModel
 from sss_jax.options import Options
@@ -98,9 +99,8 @@ def predict_probability(
 
 def pad_slices(image_SHW: np.ndarray, options: Options) -> tuple[np.ndarray, np.ndarray]:
     """Pad a volume to a multiple of `eval.slice_bucket`, so that few shapes are compiled."""
-    slices, bucket = len(image_SHW), options.eval.slice_bucket
-    total = -(-slices // bucket) * bucket
-    chunk = min(options.eval.encode_batch, total)
-    total = -(-total // chunk) * chunk
+    slices = len(image_SHW)
+    total = padded_size(slices, options.eval.slice_bucket)
+    total = padded_size(total, min(options.eval.encode_batch, total))
     padded = np.pad(image_SHW, ((0, total - slices), (0, 0), (0, 0)))
     return padded[..., None].astype(np.float32), np.arange(total) < slices

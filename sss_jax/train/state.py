@@ -16,15 +16,8 @@ from sss_jax.options import Options
 from sss_jax.ssl.dfe import init_dfe
 
 
-def init_state(
-    model: SSSModel, options: Options, optimizer: optax.GradientTransformation, key: Key[Array, ""]
-) -> PyTree:
-    """Return the state of step 0, the teacher being a copy of the student."""
-    return state_of(init_all_params(model, options, key), optimizer)
-
-
 def state_of(params: PyTree, optimizer: optax.GradientTransformation) -> PyTree:
-    """Return the state of step 0 with these parameters."""
+    """Return the state of step 0 with these parameters, the teacher being a copy of the student."""
     return {
         "params": params,
         "ema": jax.tree.map(jnp.copy, params["net"]),

@@ -7,7 +7,7 @@ import numpy as np
 
 from sss_jax.axes import PyTree
 from sss_jax.data.cases import Case
-from sss_jax.data.examples import restore_labels
+from sss_jax.data.examples import restore_confident
 from sss_jax.data.load import load_example
 from sss_jax.data.nifti import read_labels
 from sss_jax.errors import DataError
@@ -38,10 +38,11 @@ def validate(
         example = load_example(case, options.model, options.data)
         probability = predict_probability(function, params, example, options)
         reference = read_reference(case, options)
-        predicted = restore_labels(probability, example.placement)
+        predicted, confident = restore_confident(
+            probability, example.placement, options.semi.confidence
+        )
         scores.append(dice(_counts(predicted, reference, options)))
         if options.semi.enabled:
-            confident = restore_labels(probability, example.placement, options.semi.confidence)
             sure.append(_counts(confident, reference, options))
     return _mean_dice(np.array(scores)) | _pseudo_quality(sure)
 

@@ -126,7 +126,7 @@ def test_safetensors_agree_with_their_own_library(tmp_path) -> None:
 @pytest.mark.parametrize("model", official.models(), ids=str)
 def test_names_are_those_of_transformers(model) -> None:
     transformers = pytest.importorskip("transformers")
-    one = verify._their_model
+    one = verify.their_model
     with torch.device("meta"):
         vision = one(preset(model.variant, 1024)).config.vision_config
         new = model.version == "2.1"

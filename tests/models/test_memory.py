@@ -16,28 +16,11 @@ from sss_jax.models.memory_attention import (
     blockwise_attention,
 )
 from sss_jax.models.memory_bank import MemoryBank, reach
-from sss_jax.models.presets import Sam2Config
 from sss_jax.models.prompt_encoder import Prompts
 from sss_jax.models.sam2 import NO_OBJECT, Sam2
-from tests.models.test_sam2 import random_params
+from tests.small_networks import TRACKING_CONFIG as CONFIG
+from tests.small_networks import random_params
 
-CONFIG = Sam2Config(
-    image_size=32,
-    embed_dim=8,
-    depths=(1, 1, 1, 1),
-    windows=(8, 4, 2, 1),
-    global_blocks=(2,),
-    width=16,
-    decoder_heads=2,
-    decoder_mlp=16,
-    upscale_channels=(8, 4),
-    head_hidden=16,
-    memory_width=8,
-    memory_layers=1,
-    memory_mlp=16,
-    num_maskmem=3,
-    max_pointers=4,
-)
 MODEL = Sam2(CONFIG)
 SIDE, GRID, SLICES, OBJECTS = 32, 2, 9, 2
 

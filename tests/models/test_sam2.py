@@ -9,44 +9,13 @@ import numpy as np
 import pytest
 
 from sss_jax.models import memory_bank
-from sss_jax.models.presets import Sam2Config, preset
+from sss_jax.models.presets import preset
 from sss_jax.models.prompt_encoder import prompt_slots
 from sss_jax.models.sam2 import Sam2
+from tests.small_networks import CONFIG, random_params
 
-CONFIG = Sam2Config(
-    image_size=64,
-    embed_dim=8,
-    depths=(1, 1, 2, 1),
-    windows=(8, 4, 6, 3),
-    global_blocks=(3,),
-    width=16,
-    decoder_heads=2,
-    decoder_mlp=32,
-    upscale_channels=(8, 4),
-    head_hidden=16,
-    memory_width=4,
-    memory_layers=1,
-    memory_mlp=16,
-)
 MODEL = Sam2(CONFIG)
 B, K, Q = 2, 3, 3
-
-
-def random_params(model, seed=0):
-    side = model.config.size_multiple
-    args = jnp.zeros((1, side, side, 3)), jnp.zeros((1, 1, 1, 2)), jnp.zeros((1, 1, 1), jnp.int32)
-    shapes = jax.eval_shape(model.init, jax.random.key(0), *args)["params"]
-    generator = np.random.default_rng(seed)
-
-    def draw(path, x):
-        noise = generator.standard_normal(x.shape).astype(np.float32)
-        if path[-1].key == "kernel":
-            return noise / np.sqrt(np.prod(x.shape[:-1]), dtype=np.float32)
-        if path[-1].key in ("scale", "bias"):
-            return 0.2 * noise + float(path[-1].key == "scale")
-        return noise
-
-    return jax.tree.map_with_path(draw, shapes)
 
 
 @pytest.fixture(scope="module")

@@ -7,31 +7,11 @@ import torch
 import transformers
 
 from sss_jax.conversion.keymap import from_hugging_face, to_ours
+from sss_jax.conversion.verify import their_model, vision_config
 from sss_jax.models.presets import Sam2Config, preset
 from sss_jax.models.sam2 import Sam2
 
 TOLERANCE = 1e-4
-
-
-def vision_config(config: Sam2Config, size: int):
-    """transformers' description of our image encoder."""
-    widths = [config.embed_dim * 2**i for i in range(4)]
-    backbone = transformers.Sam2HieraDetConfig(
-        hidden_size=config.embed_dim,
-        num_attention_heads=config.heads,
-        image_size=[size, size],
-        window_positional_embedding_background_size=[config.pos_table] * 2,
-        blocks_per_stage=list(config.depths),
-        embed_dim_per_stage=widths,
-        num_attention_heads_per_stage=[config.heads * 2**i for i in range(4)],
-        window_size_per_stage=list(config.windows),
-        global_attention_blocks=list(config.global_blocks),
-    )
-    return transformers.Sam2VisionConfig(
-        backbone_config=backbone,
-        backbone_channel_list=widths[::-1],
-        backbone_feature_sizes=[[size // s] * 2 for s in config.strides],
-    )
 
 
 def video_reference(name: str, size: int, version: str = "2.1", seed: int = 0):
@@ -39,7 +19,7 @@ def video_reference(name: str, size: int, version: str = "2.1", seed: int = 0):
     config = preset(name, size, version=version)
     model = transformers.Sam2VideoModel(
         transformers.Sam2VideoConfig(
-            vision_config=vision_config(config, size),
+            vision_config=vision_config(config),
             prompt_encoder_config={"image_size": size},
             mask_decoder_config={"dynamic_multimask_via_stability": True},
             image_size=size,
@@ -51,22 +31,18 @@ def video_reference(name: str, size: int, version: str = "2.1", seed: int = 0):
     state = trained_like(model.state_dict(), seed)
     # Objects are there more often than not; without this half of all masks are constant.
     state["mask_decoder.pred_obj_score_head.proj_out.bias"] += 4.0
-    model.load_state_dict(state, strict=True)
-    params = to_ours(from_hugging_face({k: v.numpy() for k, v in state.items()}))
-    return model, Sam2(config), params
+    return with_weights(model, state, config)
 
 
 def image_reference(name: str, size: int):
     """(`Sam2Model`, our network without memory, our parameters) with the same random weights."""
     config = preset(name, size, memory=False)
-    model = transformers.Sam2Model(
-        transformers.Sam2Config(
-            vision_config=vision_config(config, size),
-            prompt_encoder_config={"image_size": size},
-            mask_decoder_config={"dynamic_multimask_via_stability": False},
-        )
-    ).eval()
-    state = trained_like(model.state_dict(), 0)
+    model = their_model(config)
+    return with_weights(model, trained_like(model.state_dict(), 0), config)
+
+
+def with_weights(model, state, config: Sam2Config):
+    """Give both networks the same weights: the oracle, ours, and ours as parameters."""
     model.load_state_dict(state, strict=True)
     params = to_ours(from_hugging_face({k: v.numpy() for k, v in state.items()}))
     return model, Sam2(config), params

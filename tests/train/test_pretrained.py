@@ -16,7 +16,7 @@ from sss_jax.ssl import dfe
 from sss_jax.train import pretrained
 from sss_jax.train.state import init_all_params
 from sss_jax.train.step import root_key
-from tests.models.test_sam2 import random_params
+from tests.small_networks import random_params
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,7 @@ import pytest
 
 from sss_jax.errors import ConfigError
 from sss_jax.train.mesh import make_driver
-from sss_jax.train.state import count_params, init_all_params, init_state
+from sss_jax.train.state import count_params, init_all_params, state_of
 from sss_jax.train.step import make_train_step, root_key
 
 
@@ -23,7 +23,8 @@ def start(micro):
     """Plain SGD, whose state after a step is the step's gradient (momentum with decay 0)."""
     model, options, batch = micro
     optimizer = optax.sgd(1e-2, momentum=0.0)
-    state = jax.jit(lambda k: init_state(model, options, optimizer, k))(root_key(0))
+    params = jax.jit(lambda k: init_all_params(model, options, k))(root_key(0))
+    state = state_of(params, optimizer)
     return model, options, batch, optimizer, jax.device_get(state)
 
 
@@ -174,7 +175,7 @@ def test_the_step_of_every_method_keeps_the_type_of_the_state(micro, method):
     )
     shapes = jax.eval_shape(lambda k: init_all_params(model, options, k), root_key(0))
     optimizer = make_optimizer(options.optimizer, 10, shapes)
-    state = jax.eval_shape(lambda k: init_state(model, options, optimizer, k), root_key(0))
+    state = jax.eval_shape(lambda params: state_of(params, optimizer), shapes)
     step = make_train_step(model, options, optimizer)
     out, metrics = jax.eval_shape(step, state, batch, root_key(0))
     assert ("loss_unlabelled" in metrics) == (method != "supervised")
