@@ -55,22 +55,32 @@ def verify(folder: Path, report: Callable[[str], None]) -> list[dict[str, Any]]:
     config = preset(info.variant, SIZE, version=info.version)
     theirs = _their_outputs(config, keymap.to_meta(params), image, box)
     ours = _our_outputs(config, params, image, box)
-    errors = {name: _relative(ours[name], theirs[name]) for name in theirs}
-    for name, error in errors.items():
+    largest = {name: errors(ours[name], theirs[name])[0] for name in theirs}
+    for name, error in largest.items():
         report(f"{name:<20} {error:.1e}")
-    wrong = [name for name, error in errors.items() if not error <= TOLERANCE]  # also NaN
+    wrong = [name for name, error in largest.items() if not error <= TOLERANCE]  # also NaN
     if wrong:
         raise CheckpointError(
             f"{folder}: with these weights our network differs from transformers' by more than "
             f"{TOLERANCE:g} in {', '.join(wrong)}; do not use them, and please report it"
         )
-    return [{"output": name, "relative_error": error} for name, error in errors.items()]
+    return [{"output": name, "relative_error": error} for name, error in largest.items()]
 
 
-def _relative(ours: np.ndarray, theirs: np.ndarray) -> float:
-    scale = float(np.sqrt(np.mean(np.square(theirs, dtype=np.float64))))
-    error = float(np.abs(ours - theirs).max()) if ours.shape == theirs.shape else float("inf")
-    return error / max(scale, float(np.finfo(np.float32).tiny))
+def errors(ours: np.ndarray, theirs: np.ndarray) -> tuple[float, float]:
+    """Largest and root mean square error, as shares of the root mean square of `theirs`.
+
+    Infinite where the shapes differ.
+    """
+    if ours.shape != theirs.shape:
+        return float("inf"), float("inf")
+    scale = max(_root_mean_square(theirs), float(np.finfo(np.float32).tiny))
+    error = np.asarray(ours, np.float64) - theirs
+    return float(np.abs(error).max()) / scale, _root_mean_square(error) / scale
+
+
+def _root_mean_square(x: np.ndarray) -> float:
+    return float(np.sqrt(np.mean(np.square(x, dtype=np.float64))))
 
 
 def _our_outputs(

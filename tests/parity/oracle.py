@@ -10,6 +10,7 @@ from sss_jax.conversion.keymap import from_hugging_face, to_ours
 from sss_jax.conversion.verify import their_model, vision_config
 from sss_jax.models.presets import Sam2Config, preset
 from sss_jax.models.sam2 import Sam2
+from tests.parity.compare import errors
 
 TOLERANCE = 1e-4
 
@@ -68,11 +69,7 @@ def trained_like(state, seed: int):
 
 def relative_error(ours, theirs) -> float:
     """Largest error as a share of the oracle's root mean square."""
-    ours, theirs = np.asarray(ours), np.asarray(theirs)
-    assert ours.shape == theirs.shape, (ours.shape, theirs.shape)
-    scale = np.sqrt(np.mean(np.square(theirs)))
-    assert scale > 1e-3, "the reference is degenerate"
-    return float(np.abs(ours - theirs).max() / scale)
+    return errors(ours, theirs)[0]
 
 
 def close(ours, theirs, tolerance: float = TOLERANCE) -> None:
