@@ -5,6 +5,8 @@ Pure functions of logits, for any number of objects, inside jit or outside.
 Source: SAM 2 (Ravi et al. 2024) as published: holes by 8 neighbours, and non-overlapping objects.
 """
 
+from typing import NamedTuple
+
 import jax.numpy as jnp
 
 from sss_jax.axes import Array, Bool, Float
@@ -15,6 +17,21 @@ SMALL = 0.1
 
 SUPPRESSED = -10.0
 """Where another object scores higher a logit is at most this."""
+
+
+class MaskRules(NamedTuple):
+    """What is done to masks as the decoder gives them; static under jit.
+
+    Attributes:
+        clean_area: fill holes and remove islands of up to so many pixels of the mask's grid.
+        overlap: objects may claim the same pixel.
+    """
+
+    clean_area: int = 0
+    overlap: bool = True
+
+
+AS_DECODED = MaskRules()
 
 
 def clean_masks(logits_BKHW: Float[Array, "B K H W"], max_area: int) -> Float[Array, "B K H W"]:

@@ -304,7 +304,7 @@ def slow_track(params, volume, prompts, start):
             known.prompted[t] = True
             keep(t, found, binary=True)
         for t, sign in [(t, 1) for t in range(start, SLICES)] + [
-            (t, -1) for t in range(start - 1, -1, -1)
+            (t, -1) for t in range(start, -1, -1) if start
         ]:
             if t in known.prompted:
                 continue
@@ -354,8 +354,12 @@ BOX = (np.array([[4.0, 6.0], [20.0, 25.0]], np.float32), np.array([2, 3], np.int
 
 @pytest.mark.parametrize(
     ("prompts", "start"),
-    [([{5: CLICK}, {5: BOX}], 5), ([{3: BOX, 8: CLICK}, {6: CLICK}], 3)],
-    ids=["one slice", "three slices"],
+    [
+        ([{5: CLICK}, {5: BOX}], 5),
+        ([{3: BOX, 8: CLICK}, {6: CLICK}], 3),
+        ([{0: BOX}, {4: CLICK, 7: BOX}], 0),
+    ],
+    ids=["one slice", "three slices", "from the first slice"],
 )
 def test_tracking_is_the_loop_that_keeps_everything(params, volume, propagate, prompts, start):
     """Forwards, then backwards past the start; one object is prompted later than the other."""
