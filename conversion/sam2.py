@@ -10,13 +10,13 @@ import hashlib
 import json
 import math
 import os
-import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from sss_jax import __version__, atomic
 from sss_jax.conversion import keymap, official, recognise, safetensors_file, torch_zip
+from sss_jax.conversion.new_folder import folder_beside
 from sss_jax.conversion.safetensors_file import read_safetensors
 from sss_jax.conversion.tensors import Refused, Tensors, listed, open_file, reading, writing
 from sss_jax.conversion.torch_zip import read_torch
@@ -262,15 +262,13 @@ def _exists(target: Path) -> CheckpointError:
 def _new_folder(target: Path) -> Iterator[Path]:
     """Yield a folder that becomes `target` when the block ends without an error."""
     final = Path(os.path.abspath(target))  # "." has no name
-    temporary = atomic.temporary_beside(final)
     new_parents = [parent for parent in final.parents if not parent.exists()]
     with writing(target):
         try:
-            temporary.mkdir(parents=True)
-            yield temporary
-            _settle(temporary, final)
+            with folder_beside(final, (PARAMS, ABOUT)) as temporary:
+                yield temporary
+                _settle(temporary, final)
         finally:
-            shutil.rmtree(temporary, ignore_errors=True)
             for parent in new_parents:  # goes only where nothing came of it
                 with contextlib.suppress(OSError):
                     parent.rmdir()
