@@ -14,7 +14,7 @@ from typing import Any
 
 import jax
 
-PACKAGES = ("jax", "jaxlib", "flax", "torch", "transformers", "numpy")
+PACKAGES = ("jax", "jaxlib", "flax", "torch", "transformers", "sam2", "numpy")
 
 
 def seconds(run: Callable[[], Any], repeats: int, warm_up: int = 2) -> list[float]:

@@ -102,7 +102,7 @@ def track_ours(pair, video, prompted, state):
 
 def tokens(memory_BMhw):
     """Meta's memory of one object as rows of ours."""
-    return memory_BMhw[0].flatten(1).T.numpy()
+    return memory_BMhw[0].flatten(1).T.detach().numpy()
 
 
 def prompted_slices(pair, video, prompted, state):
