@@ -140,6 +140,18 @@ def _add_predict(verbs: Any) -> None:
     predict.add_argument(
         "--window", type=float, nargs=2, metavar=("LOW", "HIGH"), help="with --prompts: CT, HU"
     )
+    predict.add_argument(
+        "--clean-area",
+        type=int,
+        default=0,
+        metavar="N",
+        help="with --prompts: fill holes and remove islands of up to N pixels of SAM-2's masks",
+    )
+    predict.add_argument(
+        "--no-overlap",
+        action="store_true",
+        help="with --prompts: objects do not overlap in what SAM-2 remembers either",
+    )
 
 
 def _add_evaluate(verbs: Any) -> None:
@@ -221,7 +233,15 @@ def _predict_prompted(args: argparse.Namespace) -> int:
 
     options = data_options(args.window)
     network = sam2.load(args.checkpoint, image_size=args.image_size)
-    result = predict_prompted(network, args.input, args.prompts, args.output, options)
+    result = predict_prompted(
+        network,
+        args.input,
+        args.prompts,
+        args.output,
+        options,
+        clean_area=args.clean_area,
+        overlap=not args.no_overlap,
+    )
     print(json.dumps(result, indent=2) if args.json else result["target"])
     return 0
 

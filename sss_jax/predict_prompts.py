@@ -34,7 +34,14 @@ _MAX_LABEL = 255
 
 
 def predict_prompted(
-    network: sam2.Network, source: Path, prompts: Path, target: Path, options: DataOptions
+    network: sam2.Network,
+    source: Path,
+    prompts: Path,
+    target: Path,
+    options: DataOptions,
+    *,
+    clean_area: int = 0,
+    overlap: bool = True,
 ) -> dict[str, Any]:
     """Segment a volume from a prompt file and write its label map on the image's grid.
 
@@ -44,6 +51,9 @@ def predict_prompted(
         prompts: prompt file, JSON.
         target: label file to write.
         options: intensity scaling and slice axis.
+        clean_area: as for `sam2.predict_volume`.
+        overlap: as for `sam2.predict_volume`; labels never overlap, but what the network remembers
+            of the objects on other slices may.
 
     Returns:
         JSON values: the file, and for each object its voxels and the slices that it is on.
@@ -56,17 +66,20 @@ def predict_prompted(
     volume = read_volume(source, options.max_voxels)
     upright = scan(volume, None, options)
     given = read_prompts(prompts, volume, upright.frame, options)
-    label = sam2.predict_volume(network, upright.image_SHW, given).label()
+    found = sam2.predict_volume(
+        network, upright.image_SHW, given, clean_area=clean_area, overlap=overlap
+    )
+    label = found.label()
     stored = np.ascontiguousarray(from_slices(label.astype(np.uint8), upright.frame))
     write_labels(target, stored, volume)
-    found = {
+    objects = {
         str(name): {
             "voxels": int((label == name).sum()),
             "slices": int((label == name).any(axis=(1, 2)).sum()),
         }
         for name in given
     }
-    return {"target": str(target), "objects": found}
+    return {"target": str(target), "objects": objects}
 
 
 def read_prompts(

@@ -7,7 +7,8 @@ import nibabel as nib
 import numpy as np
 import pytest
 
-from sss_jax import sam2
+from sss_jax import cli, sam2
+from sss_jax.data.examples import scan
 from sss_jax.data.geometry import make_frame, turn
 from sss_jax.data.nifti import read_volume
 from sss_jax.data.places import to_upright, to_voxels
@@ -218,6 +219,55 @@ def test_label_lies_on_the_images_grid_and_world_is_voxel(network, tmp_path, nam
         predict_prompted(network, source, prompts, target, DataOptions())
 
 
+@pytest.mark.parametrize("name", ["LPS", "ASR"])
+def test_objects_on_several_slices_from_voxels_and_millimetres(network, tmp_path, name):
+    """A file is what the same prompts are in Python, on the upright volume, options and all."""
+    affine = AFFINES[name]
+    source = write(tmp_path / "image.nii.gz", affine)
+    volume = read_volume(source, 2**20)
+    frame = make_frame(volume, -1)
+    # Slice, row and column of the upright volume, and what they are in the file.
+    slices, rows, columns = turn(volume.array, frame).shape
+    assert min(slices, rows, columns) == 7
+    last = np.array([slices, rows, columns]) - 1
+    share = {
+        "box": [[0.2, 0.1, 0.1], [0.2, 0.7, 0.8]],
+        "late box": [[0.8, 0.2, 0.2], [0.8, 0.9, 0.7]],
+        "points": [[0.5, 0.3, 0.4], [0.5, 0.8, 0.9], [1.0, 0.5, 0.5]],
+    }
+    upright = {key: np.rint(np.array(value) * last) for key, value in share.items()}
+    where = np.argwhere(np.ones(volume.array.shape, bool))
+    moved = {tuple(p): v for p, v in zip(np.rint(to_upright(where, frame)), where, strict=True)}
+    stored = {key: [moved[tuple(p)] for p in value] for key, value in upright.items()}
+
+    def content(places, space):
+        entries = {
+            "2": [{"box": places["box"]}, {"box": places["late box"]}],
+            "9": [{"points": places["points"], "labels": [1, 0, 1]}],
+        }
+        return {"space": space, "objects": entries}
+
+    world = {k: [(affine @ [*p, 1.0])[:3].tolist() for p in v] for k, v in stored.items()}
+    voxel = {k: np.array(v).tolist() for k, v in stored.items()}
+    found = {}
+    for space, places in (("voxel", voxel), ("world", world)):
+        path = write_prompts(tmp_path / f"{space}.json", content(places, space))
+        target = tmp_path / f"{space}.nii.gz"
+        options = {"clean_area": 4, "overlap": False}
+        result = predict_prompted(network, source, path, target, DataOptions(), **options)
+        assert list(result["objects"]) == ["2", "9"]
+        found[space] = np.asarray(nib.load(target).dataobj)
+        prompts = read_prompts(path, volume, frame, DataOptions())
+        assert [p.slice for p in prompts[2]] == [upright[key][0, 0] for key in ("box", "late box")]
+        assert [p.slice for p in prompts[9]] == [upright["points"][0, 0], last[0]]
+        np.testing.assert_allclose(prompts[9][0].points, upright["points"][:2, :0:-1], atol=1e-4)
+    np.testing.assert_array_equal(*found.values())
+    image = scan(volume, None, DataOptions()).image_SHW
+    expected = sam2.predict_volume(network, image, prompts, **options).label()
+    np.testing.assert_array_equal(turn(found["world"], frame), expected)
+    assert {2, 9} <= set(np.unique(expected))
+
+
 def test_masks_and_points_are_read_on_their_slices(tmp_path):
     affine = AFFINES["LPS"]
     source = read_volume(write(tmp_path / "image.nii.gz", affine), 2**20)
@@ -277,6 +327,31 @@ def test_bad_prompt_files_are_refused_and_nothing_is_written(network, tmp_path, 
     with pytest.raises(DataError):
         predict_prompted(network, source, path, target, DataOptions())
     assert not target.exists()
+
+
+def test_flags_reach_the_prediction(monkeypatch, tmp_path):
+    given = []
+
+    def record(*_, **options):
+        given.append(options)
+        return {"target": "labels.nii.gz", "objects": {}}
+
+    monkeypatch.setattr(sam2, "load", lambda *_, **__: None)
+    monkeypatch.setattr("sss_jax.predict_prompts.predict_prompted", record)
+    command = [
+        "predict",
+        "--checkpoint",
+        "c",
+        "--prompts",
+        "p.json",
+        "-i",
+        "a.nii.gz",
+        "-o",
+        "b.nii.gz",
+    ]
+    assert cli.main(command) == 0
+    assert cli.main([*command, "--clean-area", "8", "--no-overlap"]) == 0
+    assert given == [{"clean_area": 0, "overlap": True}, {"clean_area": 8, "overlap": False}]
 
 
 def test_a_window_replaces_percentiles():
