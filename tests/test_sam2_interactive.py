@@ -1,5 +1,7 @@
 """Clicks, propagation and corrections, against dictionaries that keep everything."""
 
+from pathlib import Path
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -312,6 +314,17 @@ def test_progress_is_reported(network, volume):
     steps = []
     predictor.propagate(lambda done, total: steps.append((done, total)))
     assert steps == [(i + 1, SLICES + 1) for i in range(SLICES + 1)]
+
+
+def test_the_example_of_the_manual_runs(network, monkeypatch):
+    text = (Path(__file__).parents[1] / "docs" / "how-to" / "interactive.md").read_text()
+    program = "\n".join(line[4:] for line in text.splitlines() if line.startswith("    "))
+    monkeypatch.setattr(sam2, "load", lambda *_, **__: network)
+    seen = {"volume": np.random.default_rng(2).random((21, 90, 100)).astype(np.float32)}
+    exec(program, seen)
+    assert seen["found"].mask.shape == (90, 100)
+    assert seen["labels"].shape == (21, 90, 100)
+    assert sorted(seen["predictor"].threads[1].prompted) == [12, 20]
 
 
 @pytest.mark.parametrize(
