@@ -18,6 +18,7 @@ from sss_jax.conversion.tensors import Spec, Tensors  # noqa: E402
 from sss_jax.conversion.torch_zip import read_torch, write_torch  # noqa: E402
 from sss_jax.errors import CheckpointError  # noqa: E402
 from sss_jax.models.presets import preset  # noqa: E402
+from tests.parity.weights import official_weights  # noqa: E402
 
 
 def bits(tensor):
@@ -145,24 +146,10 @@ def test_names_are_those_of_transformers(model) -> None:
     assert {n: a.shape for n, a in back.items()} == {n: s.shape for n, s in specs.items()}
 
 
-def trained_looking(shapes):
-    """Random weights whose outputs depend on every one of them."""
-    generator = np.random.default_rng(0)
-    state = {}
-    for name, shape in shapes.items():
-        noise = generator.standard_normal(shape, np.float32)
-        if len(shape) == 1:
-            noise = 0.2 * noise + (1.0 if name.endswith("weight") else 0.0)
-        elif name.endswith("weight") and shape[0] > 4:
-            noise /= np.sqrt(np.prod(shape[1:]))
-        state[name] = noise.astype(np.float32)
-    return state
-
-
 def test_official_size_goes_through_everything(tmp_path) -> None:
     """SAM 2.1 tiny as torch writes it: converted, compared with transformers, and written back."""
     pytest.importorskip("transformers")
-    state = trained_looking(official.shapes(Model("tiny", "2.1")))
+    state = official_weights(preset("tiny"))
     source = tmp_path / "sam2.1_hiera_tiny.pt"
     torch.save({"model": {name: torch.from_numpy(array) for name, array in state.items()}}, source)
     lines: list[str] = []
