@@ -10,6 +10,7 @@ import jax.numpy as jnp
 
 from sss_jax.axes import Array, Float
 from sss_jax.models import layers, position
+from sss_jax.models.attention import attention, large_attention
 from sss_jax.models.initial import initialiser
 from sss_jax.models.presets import Sam2Config
 
@@ -76,10 +77,16 @@ class WindowAttention(nn.Module):
             height, width = height // 2, width // 2
         n, h, w, _ = q.shape
         q, k, v = (layers.split_heads(a.reshape(n, -1, self.width), self.heads) for a in (q, k, v))
-        y = layers.merge_heads(layers.attention(q, k, v)).reshape(n, h, w, self.width)
+        look = attention if self.window else _attend_everywhere
+        y = layers.merge_heads(look(q, k, v)).reshape(n, h, w, self.width)
         if self.window:
             y = layers.window_merge(y, height, width)
         return layers.Dense(self.width, self.dtype, name="proj")(y)
+
+
+def _attend_everywhere(q: Array, k: Array, v: Array) -> Array:
+    q, k, v = (jnp.swapaxes(x, 1, 2) for x in (q * q.shape[-1] ** -0.5, k, v))
+    return jnp.swapaxes(large_attention(q, k, v), 1, 2)
 
 
 class PaddedDense(nn.Module):

@@ -7,7 +7,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from sss_jax.axes import Array, Bool, Float
+from sss_jax.axes import Array, Float
 from sss_jax.models.initial import initialiser
 
 
@@ -31,35 +31,6 @@ def _gelu_jvp(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, Arr
     cdf = _normal_cdf(x)
     density = jnp.exp(-0.5 * x * x) * (1 / math.sqrt(2 * math.pi))
     return x * cdf, dx * (cdf + x * density)
-
-
-def attention(
-    q: Float[Array, "... N heads d"],
-    k: Float[Array, "... M heads d"],
-    v: Float[Array, "... M heads d"],
-    valid: Bool[Array, "... M"] | None = None,
-) -> Float[Array, "... N heads d"]:
-    """Scaled dot-product attention with float32 softmax.
-
-    Leading axes of size 1 broadcast without being copied. `valid` switches keys off; at least one
-    key of every row must be on.
-    """
-    q = q * q.shape[-1] ** -0.5
-    q, k, v = (jnp.swapaxes(x, -2, -3) for x in (q, k, v))
-    logits = _batched("...nd,...md->...nm", q, k, jnp.float32)
-    if valid is not None:
-        logits = jnp.where(valid[..., None, None, :], logits, jnp.finfo(jnp.float32).min)
-    weights = jax.nn.softmax(logits, axis=-1).astype(v.dtype)
-    return jnp.swapaxes(_batched("...nm,...md->...nd", weights, v, v.dtype), -2, -3)
-
-
-def _batched(product: str, x: Array, y: Array, dtype: jnp.dtype) -> Array:
-    """Product of stacks of matrices; one batch axis where no axis broadcasts (faster on CPUs)."""
-    batch = x.shape[:-2]
-    if batch == y.shape[:-2]:
-        x, y = (a.reshape(-1, *a.shape[-2:]) for a in (x, y))
-    z = jnp.einsum(product, x, y, preferred_element_type=dtype)
-    return z.reshape(*batch, *z.shape[-2:]) if z.ndim == 3 else z
 
 
 def split_heads(x: Float[Array, "... C"], heads: int) -> Float[Array, "... heads d"]:

@@ -15,17 +15,13 @@ import numpy as np
 
 from sss_jax.axes import Array, Bool, Float
 from sss_jax.models import layers, position
+from sss_jax.models.attention import large_attention
 from sss_jax.models.initial import initialiser
 from sss_jax.models.presets import Sam2Config
 
 EPSILON = 1e-5
 POSITION_SHARE = 0.1
 """Weight of the positional encoding that is added to the features."""
-
-QUERY_BLOCK = 512
-"""Queries that look at the memory at once; bounds the memory that their logits take."""
-
-_OFF = -1e30  # logit of a key that is switched off
 
 Rotation = tuple[np.ndarray, np.ndarray]
 
@@ -102,8 +98,9 @@ class RotaryAttention(nn.Module):
         q = RotaryDense(self.width, self.dtype, name="q_proj")(q)
         k = RotaryDense(self.width, self.dtype, name="k_proj")(k)
         q = position.rotate(q, table)
+        q = jnp.broadcast_to(q, (*k.shape[:2], *q.shape[2:]))
         k = _rotate_keys(k, table, k.shape[2] if rotated is None else rotated)
-        y = blockwise_attention(q * self.width**-0.5, k, v.astype(self.dtype), valid)
+        y = large_attention(q * self.width**-0.5, k, v.astype(self.dtype), valid)
         y = layers.Dense(self.width, self.dtype, name="v_proj")(y)
         return layers.Dense(self.width, self.dtype, name="out_proj")(y)
 
@@ -115,45 +112,6 @@ def _rotate_keys(k_BKND: Array, table: Rotation, rotated: int) -> Array:
     if rotated == k_BKND.shape[2]:
         return turned
     return jnp.concatenate([turned, k_BKND[:, :, rotated:]], axis=2)
-
-
-def blockwise_attention(
-    q: Float[Array, "B J P D"],
-    k: Float[Array, "B K N D"],
-    v: Float[Array, "B K N M"],
-    valid: Bool[Array, "B K N"] | None = None,
-) -> Float[Array, "B K P M"]:
-    """Softmax attention of scaled queries, a block of queries at a time; float32 statistics.
-
-    Neither the forward nor the backward pass ever holds the whole matrix of weights. The sum of
-    the weights is a column of the product with the values, not another pass over them.
-    """
-    b, heads = k.shape[:2]
-    q = jnp.broadcast_to(q, (b, heads, *q.shape[2:]))
-    values = jnp.concatenate([v, jnp.ones((*v.shape[:-1], 1), v.dtype)], axis=-1)
-
-    @jax.checkpoint
-    def block(q_BKpD: Array) -> Array:
-        logits = jnp.einsum("bkpd,bknd->bkpn", q_BKpD, k, preferred_element_type=jnp.float32)
-        if valid is not None:
-            logits = jnp.where(valid[:, :, None], logits, _OFF)
-        top = jax.lax.stop_gradient(logits.max(axis=-1, keepdims=True))
-        weights = jnp.exp(logits - top).astype(v.dtype)
-        total = jnp.einsum("bkpn,bknm->bkpm", weights, values, preferred_element_type=jnp.float32)
-        return (total[..., :-1] / total[..., -1:]).astype(v.dtype)
-
-    count = q.shape[2]
-    size = _block_size(count)
-    if size == count:
-        return block(q)
-    blocks = jnp.moveaxis(q.reshape(b, heads, count // size, size, q.shape[-1]), 2, 0)
-    out = jnp.moveaxis(jax.lax.map(block, blocks), 0, 2)
-    return out.reshape(b, heads, count, v.shape[-1])
-
-
-def _block_size(count: int) -> int:
-    """Largest divisor of `count` up to QUERY_BLOCK."""
-    return max(size for size in range(1, min(count, QUERY_BLOCK) + 1) if count % size == 0)
 
 
 class MemoryAttentionLayer(nn.Module):

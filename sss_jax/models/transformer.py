@@ -12,6 +12,7 @@ import jax.numpy as jnp
 
 from sss_jax.axes import Array, Bool, Float
 from sss_jax.models import layers
+from sss_jax.models.attention import attention
 from sss_jax.models.presets import Sam2Config
 
 EPSILON = 1e-5
@@ -47,7 +48,7 @@ class Attention(nn.Module):
             return layers.split_heads(y, self.heads)
 
         q, k, v = project(q, "q_proj"), project(k, "k_proj"), project(v, "v_proj")
-        y = layers.merge_heads(layers.attention(q, k, v, valid))
+        y = layers.merge_heads(attention(q, k, v, valid))
         return layers.Dense(self.width, self.dtype, name="out_proj")(y)
 
 

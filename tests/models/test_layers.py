@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from scipy.special import erf, log_softmax
+from scipy.special import erf
 
 from sss_jax.models import layers
 
@@ -37,52 +37,6 @@ def test_padding_is_zero_and_below_right():
     assert padded.shape == (1, 8, 8, 1)
     np.testing.assert_array_equal(padded[0, :5], 1)
     np.testing.assert_array_equal(padded[0, 5:], 0)
-
-
-def attention_by_definition(q, k, v, valid):
-    """One image, float64: loops over heads and queries, and drops the keys that are off."""
-    out = np.zeros((q.shape[0], *v.shape[1:]))
-    for head in range(q.shape[1]):
-        for n in range(q.shape[0]):
-            logits = k[valid, head].astype(float) @ q[n, head] / np.sqrt(q.shape[-1])
-            out[n, head] = np.exp(log_softmax(logits)) @ v[valid, head]
-    return out
-
-
-@pytest.mark.parametrize("shared", [False, True])
-def test_attention_follows_the_definition(shared):
-    q, k, v = normal(0, 2, 3, 5, 2, 4), normal(1, 2, 3, 7, 2, 4), normal(2, 2, 3, 7, 2, 6)
-    valid = np.random.default_rng(3).uniform(size=(2, 3, 7)) > 0.4
-    valid[..., 0] = True
-    if shared:
-        k, v, valid = k[:, :1], v[:, :1], valid[:, :1]
-    y = layers.attention(q, k, v, valid)
-    every = layers.attention(q, k, v)
-    for b, object_ in np.ndindex(2, 3):
-        j = 0 if shared else object_
-        args = q[b, object_], k[b, j], v[b, j]
-        expected = attention_by_definition(*args, valid[b, j])
-        np.testing.assert_allclose(y[b, object_], expected, atol=2e-6)
-        expected = attention_by_definition(*args, np.ones(7, bool))
-        np.testing.assert_allclose(every[b, object_], expected, atol=2e-6)
-
-
-def test_attention_ignores_what_is_switched_off():
-    q, k, v = normal(0, 1, 3, 1, 4), normal(1, 1, 6, 1, 4), normal(2, 1, 6, 1, 4)
-    valid = np.array([[True, True, False, True, False, False]])
-    y = layers.attention(q, k, v, valid)
-    np.testing.assert_array_equal(
-        layers.attention(q, k, np.where(valid[..., None, None], v, 1e30), valid), y
-    )
-
-
-def test_attention_softmax_is_float32_in_bfloat16():
-    q, k = (jnp.asarray(normal(i, 1, 64, 1, 8), jnp.bfloat16) for i in range(2))
-    ones = jnp.ones((1, 64, 1, 8), jnp.bfloat16)
-    y = layers.attention(q, k, ones)
-    assert y.dtype == jnp.bfloat16
-    # A bfloat16 sum of 64 weights is off by several per cent.
-    np.testing.assert_allclose(np.asarray(y, np.float32), 1.0, atol=1e-2)
 
 
 def test_gelu_is_exact_with_its_derivative():

@@ -13,7 +13,6 @@ from sss_jax.models import memory_bank, position, tracking
 from sss_jax.models.memory_attention import (
     MemoryKeys,
     RotaryAttention,
-    blockwise_attention,
 )
 from sss_jax.models.memory_bank import MemoryBank, reach
 from sss_jax.models.prompt_encoder import Prompts
@@ -79,30 +78,6 @@ def plain_attention(q, k, v, valid):
     logits = np.where(valid[:, :, None], logits, -np.inf)
     weights = np.exp(logits - logits.max(-1, keepdims=True))
     return np.einsum("bkpn,bknm->bkpm", weights / weights.sum(-1, keepdims=True), v)
-
-
-@pytest.mark.parametrize("positions", [5, 24])
-def test_blocks_of_queries_do_not_change_attention(monkeypatch, positions):
-    monkeypatch.setattr("sss_jax.models.memory_attention.QUERY_BLOCK", 8)
-    rng = np.random.default_rng(1)
-    q = rng.standard_normal((2, 1, positions, 4))
-    k, v = rng.standard_normal((2, 3, 7, 4)), rng.standard_normal((2, 3, 7, 5))
-    valid = rng.random((2, 3, 7)) < 0.6
-    valid[..., 2] = True
-    args = [x.astype(np.float32) for x in (q, k, v)]
-    found = blockwise_attention(*args, jnp.asarray(valid))
-    np.testing.assert_allclose(found, plain_attention(q, k, v, valid), rtol=1e-4, atol=1e-5)
-    weight = rng.standard_normal(found.shape).astype(np.float32)
-
-    def loss(block):
-        monkeypatch.setattr("sss_jax.models.memory_attention.QUERY_BLOCK", block)
-        return jax.grad(
-            lambda q, k, v: jnp.sum(weight * blockwise_attention(q, k, v, jnp.asarray(valid))),
-            argnums=(0, 1, 2),
-        )(*args)
-
-    for one, other in zip(loss(8), loss(1000), strict=True):
-        np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-5)
 
 
 def test_values_may_be_projected_after_the_sum(params):
