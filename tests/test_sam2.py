@@ -338,17 +338,8 @@ def test_flags_reach_the_prediction(monkeypatch, tmp_path):
 
     monkeypatch.setattr(sam2, "load", lambda *_, **__: None)
     monkeypatch.setattr("sss_jax.predict_prompts.predict_prompted", record)
-    command = [
-        "predict",
-        "--checkpoint",
-        "c",
-        "--prompts",
-        "p.json",
-        "-i",
-        "a.nii.gz",
-        "-o",
-        "b.nii.gz",
-    ]
+    files = ["--prompts", "p.json", "-i", "a.nii.gz", "-o", "b.nii.gz"]
+    command = ["predict", "--checkpoint", "c", *files]
     assert cli.main(command) == 0
     assert cli.main([*command, "--clean-area", "8", "--no-overlap"]) == 0
     assert given == [{"clean_area": 0, "overlap": True}, {"clean_area": 8, "overlap": False}]

@@ -9,16 +9,18 @@ import pytest
 
 from sss_jax import sam2
 from sss_jax.errors import ConfigError, DataError
-from sss_jax.models import interaction
+from sss_jax.models import interaction, position
 from sss_jax.models.image_encoder import normalise_image
 from sss_jax.models.masks import SUPPRESSED
+from sss_jax.models.memory_attention import MemoryKeys
 from sss_jax.models.sam2 import Sam2
 from sss_jax.sam2_network import encode
-from tests.models.test_memory import Dictionaries, attend_to_lists, call
+from tests.models.test_memory import Dictionaries, call
 from tests.small_networks import TRACKING_CONFIG, random_params
 
 MODEL = Sam2(TRACKING_CONFIG)
 SIZE = TRACKING_CONFIG.image_size
+GRID = SIZE // TRACKING_CONFIG.strides[2]
 SLICES = 8
 
 
@@ -34,6 +36,34 @@ def network():
 def volume():
     """Slices of the network's own size, so that nothing is resized on the way in."""
     return np.random.default_rng(1).random((SLICES, SIZE, SIZE)).astype(np.float32)
+
+
+@jax.jit
+def attend(params, coarse, value, key, valid):
+    keys = MemoryKeys(value, key, valid, SLICES * GRID**2)
+    method = lambda model: model.memory_attention(coarse, keys)  # noqa: E731
+    return MODEL.apply({"params": params}, method=method)
+
+
+def attend_to_lists(params, coarse, memories, pointers):
+    """Condition features on lists of (memory, row) and (pointer, distance), in one program."""
+    c = TRACKING_CONFIG
+    tokens, pieces = GRID**2, c.width // c.memory_width
+    place = position.sine_position(GRID, GRID, c.memory_width)
+    rows = params["maskmem_tpos_enc"][:, 0, 0]
+    value = np.zeros((SLICES * (tokens + pieces), c.memory_width), np.float32)
+    key, valid = value.copy(), np.zeros(len(value), bool)
+    for i, (memory, row) in enumerate(memories):
+        here = slice(i * tokens, (i + 1) * tokens)
+        value[here], key[here], valid[here] = memory, memory + place + rows[row][None], True
+    project = params["obj_ptr_tpos_proj"]
+    for i, (pointer, distance) in enumerate(pointers):
+        wave = position.sine_of_distance(np.float32(distance), c.width)
+        time = np.asarray(wave @ project["kernel"] + project["bias"])
+        here = slice(SLICES * tokens + i * pieces, SLICES * tokens + (i + 1) * pieces)
+        value[here] = np.asarray(pointer).reshape(pieces, -1)
+        key[here], valid[here] = value[here] + time[None], True
+    return attend(params, coarse, *(x[None, None] for x in (value, key, valid)))
 
 
 class SlowObject:
@@ -158,13 +188,8 @@ def prompts(mask):
     }
 
 
-@pytest.mark.parametrize(
-    "rules",
-    [
-        pytest.param({}, marks=pytest.mark.slow, id="plain"),
-        pytest.param({"clean_area": 3, "overlap": False}, id="rules"),
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("rules", [{}, {"clean_area": 3, "overlap": False}], ids=["plain", "rules"])
 def test_one_round_is_predict_volume(network, rules):
     """The other implementation: one scan over all objects at once, in another file."""
     volume = np.random.default_rng(1).random((7, 40, 48)).astype(np.float32)
@@ -225,6 +250,20 @@ def test_nothing_is_compiled_twice(network, volume):
     predictor = sam2.VolumePredictor(network, volume)
     predictor.add(1, 0, points=[(3, 3)] * 5)  # the next power
     assert compilations() == [before[0] + 1, *before[1:]]
+
+
+def test_the_mask_before_is_bounded(network, volume):
+    """Its logits enter at 32 at most, on either side."""
+    shown = []
+    for bound in (32.0, 500.0):
+        predictor = sam2.VolumePredictor(network, volume)
+        click(predictor, 1, 4, (9, 12, 1))
+        finding = predictor.threads[1].fresh[4]
+        logits = bound * jnp.sign(finding.prediction.logits_BKHW)
+        finding = finding._replace(prediction=finding.prediction._replace(logits_BKHW=logits))
+        predictor.threads = {1: predictor.threads[1]._replace(fresh={4: finding})}
+        shown.append(click(predictor, 1, 4, (20, 20, 0)).logits)
+    np.testing.assert_array_equal(*shown)
 
 
 def test_states_are_values(network, volume):
