@@ -11,7 +11,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sss_jax.models import layers, memory_attention, memory_encoder, position, sam2, transformer
+from sss_jax.models import (
+    hiera,
+    layers,
+    memory_attention,
+    memory_encoder,
+    position,
+    sam2,
+    transformer,
+)
 from sss_jax.models.prompt_encoder import PromptEncoder
 from tests.models import golden
 
@@ -176,7 +184,7 @@ def padding_masked(patch):
 
         return masked
 
-    wrapped(patch, layers, "attention", mask)
+    wrapped(patch, hiera, "attention", mask)
 
 
 def box_without_padding_point(patch):
