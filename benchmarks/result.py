@@ -1,5 +1,6 @@
 """Results of benchmarks as JSON: what was measured, on what, with which versions."""
 
+import ctypes
 import datetime
 import importlib.metadata
 import json
@@ -32,6 +33,26 @@ def seconds(run: Callable[[], Any], repeats: int, warm_up: int = 2) -> list[floa
 def summary(times: list[float]) -> dict[str, float]:
     """Median and extremes, seconds."""
     return {"median": statistics.median(times), "low": min(times), "high": max(times)}
+
+
+def peak_bytes(run: Callable[[], Any]) -> int | None:
+    """Bytes of memory that a call takes beyond what the process holds; None where unknown.
+
+    What the process has freed is given back first. Linux with glibc only.
+    """
+    try:
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
+        before = _resident("VmRSS")
+        Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
+        run()
+        return max(_resident("VmHWM") - before, 0)
+    except (OSError, AttributeError):
+        return None
+
+
+def _resident(name: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * int(next(line.split()[1] for line in lines if line.startswith(name)))
 
 
 def environment() -> dict[str, Any]:

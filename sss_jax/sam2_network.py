@@ -8,6 +8,7 @@ import jax
 import numpy as np
 from numpy.typing import ArrayLike
 
+from sss_jax import compiling
 from sss_jax.axes import PyTree
 from sss_jax.models.image_encoder import Features, normalise_image
 from sss_jax.models.presets import preset
@@ -56,7 +57,7 @@ def encode_image(network: Network, image: ArrayLike) -> Features:
     return encode(network.model, network.params, square(np.asarray(image), network.size)[None])
 
 
-@functools.partial(jax.jit, static_argnums=0)
+@functools.partial(compiling.jit, static_argnums=0)
 def encode(model: Sam2, params: PyTree, image_BHWC: Any) -> Any:
     """Encode images in [0, 1], [B, S, S, 3], that are stretched to the square."""
     standard = normalise_image(image_BHWC).astype(model.config.compute_dtype)

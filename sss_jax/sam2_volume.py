@@ -4,11 +4,11 @@ import functools
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from sss_jax import compiling
 from sss_jax.axes import PyTree
 from sss_jax.errors import ConfigError, DataError
 from sss_jax.models import tracking
@@ -100,7 +100,7 @@ def full_logits(
     return full if rules.overlap else np.asarray(_separate(full[None])[0])
 
 
-_separate = jax.jit(separate_objects)
+_separate = compiling.jit(separate_objects)
 
 
 def check_area(network: Network, clean_area: int) -> None:
@@ -155,7 +155,7 @@ def _prompt_slices(
     return state
 
 
-_jit = functools.partial(jax.jit, static_argnames=("model", "rules"))
+_jit = functools.partial(compiling.jit, static_argnames=("model", "rules"))
 
 
 @_jit

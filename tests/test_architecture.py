@@ -11,7 +11,7 @@ PACKAGE = ROOT / "sss_jax"
 # Rooms in the order in which they may import: a module imports from its own rank or a lower one.
 ORDER = [
     {"errors", "options", "axes", "atomic", "png"},
-    {"config", "parallel"},
+    {"config", "parallel", "compiling"},
     {"data"},
     {"augment"},
     {"models"},

@@ -215,7 +215,7 @@ def test_one_round_is_predict_volume(network, rules):
 
 def compilations():
     functions = (interaction._segment, interaction._adopt, interaction._encode_memory)
-    return [f._cache_size() for f in functions]
+    return [f.compiled()._cache_size() for f in functions]
 
 
 def test_nothing_is_compiled_twice(network, volume):

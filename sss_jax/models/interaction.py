@@ -14,11 +14,11 @@ import functools
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, cast
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from numpy.typing import NDArray
 
+from sss_jax import compiling
 from sss_jax.axes import Array, Float, PyTree
 from sss_jax.models import tracking
 from sss_jax.models.image_encoder import Features
@@ -304,7 +304,7 @@ def _place(look: _Look) -> tracking.Place:
     return tracking.Place(bank, look.at, look.num_slices, look.backwards)
 
 
-@functools.partial(jax.jit, static_argnames=("model", "clean_area"))
+@functools.partial(compiling.jit, static_argnames=("model", "clean_area"))
 def _segment(
     model: Sam2,
     params: PyTree,
@@ -321,13 +321,13 @@ def _segment(
     return found._replace(logits_BKHW=cleaned), found.logits_BKHW
 
 
-@functools.partial(jax.jit, static_argnames="model")
+@functools.partial(compiling.jit, static_argnames="model")
 def _adopt(model: Sam2, params: PyTree, features: Features, mask_BKHW: Any) -> Prediction:
     adopt = functools.partial(model.apply, {"params": params}, method="adopt_mask")
     return cast(Prediction, adopt(features, mask_BKHW))
 
 
-@functools.partial(jax.jit, static_argnames="model")
+@functools.partial(compiling.jit, static_argnames="model")
 def _encode_memory(
     model: Sam2, params: PyTree, coarse: Array, mask: Array, score: Array, binary: Any
 ) -> Array:
@@ -349,7 +349,7 @@ def _masks_to_remember(scene: Scene, masks: dict[Any, Array]) -> dict[Any, Array
     return dict(zip(masks, _separate(scene.model, tuple(masks.values())), strict=True))
 
 
-@functools.partial(jax.jit, static_argnames="model")
+@functools.partial(compiling.jit, static_argnames="model")
 def _separate(model: Sam2, masks: tuple[Array, ...]) -> list[Array]:
     """Return the masks at the resolution of the input, where memories are made of them."""
     apart = tracking.full_masks_apart(model, jnp.concatenate(masks, axis=1))

@@ -10,6 +10,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from sss_jax.axes import PyTree
+from sss_jax.compiling import LARGE_IMAGE, compiler_options
 from sss_jax.errors import ConfigError
 from sss_jax.models.sss import SSSModel
 from sss_jax.options import Options
@@ -63,11 +64,13 @@ def _mesh_driver(
 ) -> Driver:
     mesh = data_mesh(devices)
     replicated, split = NamedSharding(mesh, P()), NamedSharding(mesh, P(AXIS))
+    large = options.model.image_size >= LARGE_IMAGE
     step = jax.jit(
         make_train_step(model, options, optimizer),
         in_shardings=(replicated, split, replicated),
         out_shardings=(replicated, replicated),
         donate_argnums=0,
+        compiler_options=compiler_options() if large else {},
     )
     replicate = functools.partial(jax.device_put, device=replicated)
 
