@@ -11,6 +11,7 @@ import argparse
 import functools
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,9 @@ from sss_jax.benchmarks import result
 from sss_jax.models import memory_bank, tracking
 
 MEMORIES, POINTERS = 7, 16
+
+PAUSE = 0.5
+"""Seconds between calls: the threads of either side spin for a while after their work."""
 
 
 def main() -> int:
@@ -92,7 +96,9 @@ def _race(mine: Callable, theirs: Callable, repeats: int) -> dict[str, Any]:
     torch_peak = result.peak_bytes(theirs)
     ours, other = [], []
     for _ in range(repeats):
+        time.sleep(PAUSE)
         ours += result.seconds(waits, 1, 0)
+        time.sleep(PAUSE)
         other += result.seconds(theirs, 1, 0)
     a, b = result.summary(ours), result.summary(other)
     return {
@@ -149,12 +155,16 @@ def encoder(call: Callable, model: Any, image: Any, pixels: Any) -> tuple[Callab
 def training(
     ours: Any, params: Any, model: Any, image: Any, pixels: Any
 ) -> tuple[Callable, Callable]:
-    """Gradient of the mean square of all feature maps with respect to all encoder parameters."""
+    """Gradient of the squares of all feature maps with respect to all encoder parameters.
+
+    A sum, because a mean over millions of values makes gradients so small that both sides compute
+    with denormal numbers.
+    """
     import torch
 
     def loss(p: Any, x: Any) -> Any:
         maps = ours.apply({"params": p}, x, method="encode_image")
-        return sum(jnp.square(m).mean() for m in maps)
+        return sum(jnp.square(m).sum() for m in maps)
 
     grad, x = compiling.jit(jax.grad(loss)), jnp.asarray(image)
 
@@ -162,7 +172,7 @@ def training(
         with torch.enable_grad():
             model.zero_grad()
             maps = model.vision_encoder(pixels).fpn_hidden_states
-            sum(m.square().mean() for m in maps).backward()
+            sum(m.square().sum() for m in maps).backward()
 
     return lambda: grad(params, x), theirs
 
