@@ -12,11 +12,11 @@ network's square as SAM 2 scales them.
 import functools
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from sss_jax import compiling
 from sss_jax.axes import PyTree
 from sss_jax.errors import DataError
 from sss_jax.models.image_encoder import Features
@@ -119,6 +119,6 @@ def _image_prompts(boxes: Any, points: Any, labels: Any, masks: Any) -> Prompts:
     return Prompts(*(jnp.asarray(column) for column in merged))
 
 
-@functools.partial(jax.jit, static_argnums=0)
+@functools.partial(compiling.jit, static_argnums=0)
 def _decode(model: Sam2, params: PyTree, features: Any, points: Any, labels: Any, low: Any) -> Any:
     return model.apply({"params": params}, features, points, labels, None, low, method="decode")

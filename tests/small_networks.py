@@ -53,3 +53,10 @@ def random_params(model, seed=0):
         return noise
 
     return jax.tree.map_with_path(draw, shapes)
+
+
+def params_that_find(model, seed):
+    """Draw parameters with which objects are there, so that masks can be looked at."""
+    params = random_params(model, seed)
+    params["sam_mask_decoder"]["pred_obj_score_head"]["layers_2"]["bias"] += 4.0
+    return params

@@ -17,7 +17,7 @@ from sss_jax.models.prompt_encoder import PADDING
 from sss_jax.models.sam2 import Sam2
 from sss_jax.options import DataOptions
 from sss_jax.predict_prompts import data_options, predict_prompted, read_prompts
-from tests.small_networks import TRACKING_CONFIG, random_params
+from tests.small_networks import TRACKING_CONFIG, params_that_find
 
 MODEL = Sam2(TRACKING_CONFIG)
 SHAPE = (40, 48, 7)
@@ -25,10 +25,7 @@ SHAPE = (40, 48, 7)
 
 @pytest.fixture(scope="module")
 def network():
-    params = random_params(MODEL, 3)
-    # Objects are there, so that masks can be looked at.
-    params["sam_mask_decoder"]["pred_obj_score_head"]["layers_2"]["bias"] += 4.0
-    return sam2.Network(MODEL, params)
+    return sam2.Network(MODEL, params_that_find(MODEL, 3))
 
 
 @pytest.fixture(scope="module")

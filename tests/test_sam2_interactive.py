@@ -16,7 +16,7 @@ from sss_jax.models.memory_attention import MemoryKeys
 from sss_jax.models.sam2 import Sam2
 from sss_jax.sam2_network import encode
 from tests.models.test_memory import Dictionaries, call
-from tests.small_networks import TRACKING_CONFIG, random_params
+from tests.small_networks import TRACKING_CONFIG, params_that_find
 
 MODEL = Sam2(TRACKING_CONFIG)
 SIZE = TRACKING_CONFIG.image_size
@@ -26,10 +26,7 @@ SLICES = 8
 
 @pytest.fixture(scope="module")
 def network():
-    params = random_params(MODEL, 3)
-    # Objects are there, so that masks can be looked at.
-    params["sam_mask_decoder"]["pred_obj_score_head"]["layers_2"]["bias"] += 4.0
-    return sam2.Network(MODEL, params)
+    return sam2.Network(MODEL, params_that_find(MODEL, 3))
 
 
 @pytest.fixture(scope="module")

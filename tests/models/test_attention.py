@@ -60,6 +60,7 @@ def test_attention_softmax_is_float32_in_bfloat16():
 
 
 def plain_attention(q, k, v, valid):
+    q = np.broadcast_to(q, (*k.shape[:2], *q.shape[2:]))  # objects may share their queries
     logits = np.where(valid[:, :, None], np.einsum("bhnd,bhmd->bhnm", q, k), -np.inf)
     weights = np.exp(logits - logits.max(-1, keepdims=True))
     return np.einsum("bhnm,bhme->bhne", weights / weights.sum(-1, keepdims=True), v)

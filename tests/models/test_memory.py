@@ -17,6 +17,7 @@ from sss_jax.models.memory_attention import (
 from sss_jax.models.memory_bank import MemoryBank, reach
 from sss_jax.models.prompt_encoder import Prompts
 from sss_jax.models.sam2 import NO_OBJECT, Sam2
+from tests.models.test_attention import plain_attention
 from tests.small_networks import TRACKING_CONFIG as CONFIG
 from tests.small_networks import random_params
 
@@ -71,13 +72,6 @@ def test_rotation_turns_neighbouring_channels_by_column_then_row():
 
 
 # Attention.
-
-
-def plain_attention(q, k, v, valid):
-    logits = np.einsum("bkpd,bknd->bkpn", np.broadcast_to(q, (*k.shape[:2], *q.shape[2:])), k)
-    logits = np.where(valid[:, :, None], logits, -np.inf)
-    weights = np.exp(logits - logits.max(-1, keepdims=True))
-    return np.einsum("bkpn,bknm->bkpm", weights / weights.sum(-1, keepdims=True), v)
 
 
 def test_values_may_be_projected_after_the_sum(params):
