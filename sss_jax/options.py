@@ -120,6 +120,21 @@ class PCSWOptions:
 
 
 @dataclasses.dataclass(frozen=True)
+class MemoryOptions:
+    """Memory between the slices of a volume (SAM 2; Medical SAM 2)."""
+
+    kind: str = option(
+        "fifo",
+        "none: every slice by itself; fifo: from the prompt slice outwards, SAM-2's memory",
+        choices=("none", "fifo"),
+    )
+    truncate: int = option(
+        0, "slices through which gradients of memories flow; 0: all of the clip", low=0
+    )
+    remat: bool = option(True, "recompute a slice's decoder in the backward pass")
+
+
+@dataclasses.dataclass(frozen=True)
 class DFEOptions:
     """Discriminative feature enhancement (SSS, DFE)."""
 
@@ -154,7 +169,7 @@ class SemiOptions:
     labelled_prompts: str = option(
         "mixed",
         "prompts of the labelled branch",
-        choices=("mixed", "gt_box", "pcsw", "none"),
+        choices=("mixed", "gt_box", "gt_mask", "pcsw", "none"),
     )
     box_jitter: float = option(0.1, "spread of ground-truth boxes, share of their side", low=0)
 
@@ -230,13 +245,14 @@ class Options:
     method: str = option(
         "sss",
         "name of the method, for logs",
-        choices=("supervised", "fixmatch", "unimatch_v2", "sss"),
+        choices=("supervised", "fixmatch", "unimatch_v2", "sss", "sss_sketch"),
     )
     model: ModelOptions = dataclasses.field(default_factory=ModelOptions)
     data: DataOptions = dataclasses.field(default_factory=DataOptions)
     weak: WeakOptions = dataclasses.field(default_factory=WeakOptions)
     strong: StrongOptions = dataclasses.field(default_factory=StrongOptions)
     pcsw: PCSWOptions = dataclasses.field(default_factory=PCSWOptions)
+    memory: MemoryOptions = dataclasses.field(default_factory=MemoryOptions)
     dfe: DFEOptions = dataclasses.field(default_factory=DFEOptions)
     semi: SemiOptions = dataclasses.field(default_factory=SemiOptions)
     loss: LossOptions = dataclasses.field(default_factory=LossOptions)

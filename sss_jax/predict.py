@@ -69,7 +69,7 @@ def load_predictor(workdir: Path, which: str = "best") -> Predictor:
         "weights": entry,
         "class_names": _class_names(options),
     }
-    function = make_volume_function(build_model(options.model), options)
+    function = make_volume_function(build_model(options), options)
     return Predictor(options, jax.device_put(net), function, origin)
 
 

@@ -46,9 +46,8 @@ def micro():
     )
     options = dataclasses.replace(options, semi=dataclasses.replace(options.semi, confidence=0.4))
     small = {"depths": (1, 1, 1, 1), "global_blocks": (2, 3), "embed_dim": 16, "width": 32}
-    config = dataclasses.replace(
-        preset("nano", 32, memory=False), **small, upscale_channels=(16, 8)
-    )
+    small |= {"memory_width": 8, "memory_layers": 1, "memory_mlp": 32, "decoder_mlp": 32}
+    config = dataclasses.replace(preset("nano", 32), **small, upscale_channels=(16, 8))
     model = SSSModel(config, options.model.num_classes, options.model.class_token_std)
 
     rng = np.random.default_rng(0)

@@ -135,7 +135,7 @@ def test_a_run_folder_predicts(tmp_path):
     options = config.load("demo:sss", ["model.image_size=32", "eval.slice_bucket=16"])
     from sss_jax.models.sss import build_model, init_params
 
-    net = init_params(build_model(options.model), root_key(0))
+    net = init_params(build_model(options), root_key(0))
     workdir = tmp_path / "run"
     workdir.mkdir()
     (workdir / "config.json").write_text(config.to_json(options))

@@ -1,7 +1,8 @@
 """Layer maths as plain functions, and the small modules that all parts share."""
 
+import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import flax.linen as nn
 import jax
@@ -257,6 +258,58 @@ def _convolve(x: Array, kernel: Array, stride: int, padding: int) -> Array:
         padding=((padding, padding), (padding, padding)),
         dimension_numbers=("NHWC", "HWIO", "NHWC"),
     )
+
+
+def depthwise(
+    x: Float[Array, "N H W C"], kernel: Float[Array, "side side 1 C"]
+) -> Float[Array, "N H W C"]:
+    """Convolve every channel with its own kernel of odd side, same size."""
+    return jax.lax.platform_dependent(x, kernel, cpu=_shift_and_add, default=_grouped)
+
+
+def _grouped(x: Array, kernel: Array) -> Array:
+    return jax.lax.conv_general_dilated(
+        x,
+        kernel,
+        window_strides=(1, 1),
+        padding="SAME",
+        dimension_numbers=("NHWC", "HWIO", "NHWC"),
+        feature_group_count=x.shape[-1],
+    )
+
+
+@jax.custom_vjp
+def _shift_and_add(x: Array, kernel: Array) -> Array:
+    """Add up shifted maps: one loop over the output, where XLA on CPUs runs groups one by one."""
+    y = jnp.zeros_like(x)
+    for shifted, tap in zip(_shifts(x, len(kernel)), _taps(kernel), strict=True):
+        y += scale_by(shifted, tap)
+    return y
+
+
+def _shifts(x: Array, side: int) -> Iterator[Array]:
+    """Yield the map as every tap of a kernel sees it, zeros beyond its edges."""
+    around, (h, w) = (side // 2, side // 2), x.shape[1:3]
+    padded = jnp.pad(x, ((0, 0), around, around, (0, 0)))
+    for i, j in itertools.product(range(side), repeat=2):
+        yield padded[:, i : i + h, j : j + w]
+
+
+def _taps(kernel: Array) -> Array:
+    return kernel.reshape(-1, kernel.shape[-1])
+
+
+def _shift_and_add_forward(x: Array, kernel: Array) -> tuple[Array, tuple[Array, Array]]:
+    return _shift_and_add(x, kernel), (x, kernel)
+
+
+def _shift_and_add_backward(saved: tuple[Array, Array], dy: Array) -> tuple[Array, Array]:
+    x, kernel = saved
+    dkernel = jnp.stack([(shifted * dy).sum((0, 1, 2)) for shifted in _shifts(x, len(kernel))])
+    return _shift_and_add(dy, kernel[::-1, ::-1]), dkernel.reshape(kernel.shape)
+
+
+_shift_and_add.defvjp(_shift_and_add_forward, _shift_and_add_backward)
 
 
 class ConvTranspose(nn.Module):

@@ -3,7 +3,7 @@
 Source: SAM (Kirillov et al. 2023) and SAM 2 (Ravi et al. 2024).
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -32,6 +32,27 @@ class MaskOutput(NamedTuple):
     tokens_BKMD: Float[Array, "B K M D"]
 
 
+class Skips(NamedTuple):
+    """Pyramid maps as far as the decoder needs them: an eighth of the size of `Features`.
+
+    Attributes:
+        fine_BHWC: the finest map after the decoder's skip convolution.
+        mid_BHWC: the middle map after its own.
+        coarse_BHWD: the coarse map, as it is or conditioned on memory, [B, K, H, W, D].
+    """
+
+    fine_BHWC: Float[Array, "B H1 W1 C1"]
+    mid_BHWC: Float[Array, "B H2 W2 C2"]
+    coarse_BHWD: Float[Array, "*B H W D"]
+
+
+def with_coarse(features: Features | Skips, coarse: Array) -> Any:
+    """Return the same kind of features with another coarse map."""
+    if isinstance(features, Skips):
+        return features._replace(coarse_BHWD=coarse)
+    return features[0], features[1], coarse
+
+
 class MaskDecoder(nn.Module):
     """Two-way transformer, upscaling and the heads.
 
@@ -41,10 +62,21 @@ class MaskDecoder(nn.Module):
 
     config: Sam2Config
 
+    def setup(self) -> None:
+        """Create the skip convolutions, which may run ahead of the rest."""
+        first, second = self.config.upscale_channels
+        self.conv_s1 = layers.Conv(first, 1, self.config.compute_dtype)
+        self.conv_s0 = layers.Conv(second, 1, self.config.compute_dtype)
+
+    def skips(self, features: Features) -> Skips:
+        """Reduce the fine and the middle map to the channels that the decoder adds."""
+        fine, mid, coarse = features
+        return Skips(self.conv_s0(fine), self.conv_s1(mid), coarse)
+
     @nn.compact
     def __call__(
         self,
-        features: Features,
+        features: Features | Skips,
         dense: Float[Array, "B J h w D"],
         position_hwD: Float[Array, "h w D"],
         prompts_BKND: Float[Array, "B K N D"],
@@ -54,8 +86,9 @@ class MaskDecoder(nn.Module):
         """Decode K objects per image.
 
         Args:
-            features: pyramid maps; the coarse one already conditioned on memory or its absence,
-                [B, h, w, D] or, where every object has its own memory, [B, K, h, w, D].
+            features: pyramid maps, or their skips; the coarse one already conditioned on memory or
+                its absence, [B, h, w, D] or, where every object has its own memory,
+                [B, K, h, w, D].
             dense: dense prompt embedding; axes B, J, h and w may be 1.
             position_hwD: positional encoding of the coarse grid.
             prompts_BKND: sparse prompt tokens.
@@ -66,7 +99,7 @@ class MaskDecoder(nn.Module):
             Masks in float32.
         """
         c = self.config
-        fine, mid, coarse = features
+        fine, mid, coarse = features if isinstance(features, Skips) else self.skips(features)
         b, k = prompts_BKND.shape[:2]
         h, w, d = coarse.shape[-3:]
         tokens, valid = self._with_output_tokens(prompts_BKND, valid_BKN)
@@ -109,12 +142,10 @@ class MaskDecoder(nn.Module):
         """Bring the keys of every object to four times the grid, with skips from the image."""
         dtype = self.config.compute_dtype
         first, second = self.config.upscale_channels
-        skip_mid = layers.Conv(first, 1, dtype, name="conv_s1")(mid)
-        skip_fine = layers.Conv(second, 1, dtype, name="conv_s0")(fine)
         x = layers.ConvTranspose(first, dtype, name="output_upscaling_0")(keys)
-        x = layers.LayerNorm(dtype, name="output_upscaling_1")(x + skip_mid[:, None])
+        x = layers.LayerNorm(dtype, name="output_upscaling_1")(x + mid[:, None])
         x = layers.ConvTranspose(second, dtype, name="output_upscaling_3")(layers.gelu(x))
-        return layers.gelu(x + skip_fine[:, None])
+        return layers.gelu(x + fine[:, None])
 
     def _hypernetworks(self, tokens: Array, masks: int) -> Array:
         """Weights of each mask over the upscaled channels; the first `masks` only."""

@@ -76,28 +76,35 @@ def empty_bank(
     )
 
 
-def _put(values: Array, slices_BKS: Array, new: Array, at_BK: Array, index: Array) -> tuple:
+def _put(values: Array, slices_BKS: Array, new: Array, at_BK: Array, index_BK1: Array) -> tuple:
     """Write `new` and its slice number into slot `at_BK`; a slot of -1 writes nothing."""
     hit_BKS = jnp.arange(slices_BKS.shape[2])[None, None] == at_BK[..., None]
     wide = hit_BKS.reshape(*hit_BKS.shape, *(1,) * (values.ndim - 3))
-    return jnp.where(wide, new[:, :, None], values), jnp.where(hit_BKS, index, slices_BKS)
+    return jnp.where(wide, new[:, :, None], values), jnp.where(hit_BKS, index_BK1, slices_BKS)
+
+
+def _per_object(bank: MemoryBank, value: Array) -> Int[Array, "B K 1"]:
+    """Lay out one number for all objects, or one for each, beside the slots."""
+    return jnp.broadcast_to(value, bank.memory_slice_BKL.shape[:2])[..., None]
 
 
 def remember_prompted(
     bank: MemoryBank,
     config: Sam2Config,
     new: Memory,
-    index: Int[Array, ""],
+    index: Int[Array, "*BK"],
     where_BK: Bool[Array, "B K"],
 ) -> MemoryBank:
     """Store a prompted slice for the objects in `where_BK`, over what it left there before.
+
+    `index` is one slice number for all objects, or one for each.
 
     Where all C slots hold other slices the oldest of them (the one with the smallest slice number)
     gives way; make the bank large enough and it never happens.
     """
     count = bank.conditioning(config)
     held_BKC = bank.memory_slice_BKL[:, :, :count]
-    same, free = held_BKC == index, held_BKC == EMPTY
+    same, free = held_BKC == _per_object(bank, index), held_BKC == EMPTY
     # The slot of this slice wins over a free one, a free one over the slot with the least slice.
     order = jnp.where(same, -2, jnp.where(free, EMPTY, held_BKC))
     at_BK = jnp.where(where_BK, jnp.argmin(order, axis=-1), -1)
@@ -108,11 +115,14 @@ def remember_tracked(
     bank: MemoryBank,
     config: Sam2Config,
     new: Memory,
-    index: Int[Array, ""],
+    index: Int[Array, "*BK"],
     memory_where_BK: Bool[Array, "B K"],
     pointer_where_BK: Bool[Array, "B K"],
 ) -> MemoryBank:
-    """Store a tracked slice where asked for; each ring's oldest slice gives way."""
+    """Store a tracked slice where asked for; each ring's oldest slice gives way.
+
+    `index` is one slice number for all objects, or one for each.
+    """
     count = bank.conditioning(config)
     memory = count + index % (config.num_maskmem - 1)
     pointer = count + index % (config.max_pointers - 1)
@@ -124,9 +134,52 @@ def remember_tracked(
 def _store(
     bank: MemoryBank, new: Memory, memory_BK: Array, pointer_BK: Array, index: Array
 ) -> MemoryBank:
-    memory = _put(bank.memory_BKLPM, bank.memory_slice_BKL, new.memory_BKPM, memory_BK, index)
-    pointer = _put(bank.pointer_BKRD, bank.pointer_slice_BKR, new.pointer_BKD, pointer_BK, index)
+    at = _per_object(bank, index)
+    memory = _put(bank.memory_BKLPM, bank.memory_slice_BKL, new.memory_BKPM, memory_BK, at)
+    pointer = _put(bank.pointer_BKRD, bank.pointer_slice_BKR, new.pointer_BKD, pointer_BK, at)
     return MemoryBank(*memory, *pointer)
+
+
+class TwoWays(NamedTuple):
+    """A bank for the way out from a start, and the one that the way back begins with.
+
+    Rings forget the slices next to the start on the way out, where the way back meets them again.
+
+    Attributes:
+        bank: what is remembered now.
+        turn: what the way back begins with.
+    """
+
+    bank: MemoryBank
+    turn: MemoryBank
+
+
+def turn_back(ways: TwoWays, now_BK: Bool[Array, "#B #K"]) -> TwoWays:
+    """Go on with the bank of the way back for the objects that turn now."""
+
+    def pick(current: Array, turn: Array) -> Array:
+        now = now_BK.reshape(*now_BK.shape, *(1,) * (current.ndim - 2))
+        return jnp.where(now, turn, current)
+
+    return ways._replace(bank=MemoryBank(*map(pick, ways.bank, ways.turn)))
+
+
+def remember_on_the_way(
+    ways: TwoWays,
+    config: Sam2Config,
+    new: Memory,
+    index: Int[Array, "*BK"],
+    where_BK: Bool[Array, "B K"],
+    gone: Int[Array, ""],
+    backwards: Bool[Array, "*BK"],
+) -> TwoWays:
+    """Store a tracked slice; `gone` counts the steps since the start, 0 for the start itself."""
+    early_BK = where_BK & ~jnp.broadcast_to(backwards, where_BK.shape) & (gone > 0)
+    near, nearer = gone < config.max_pointers, gone < config.num_maskmem
+    return TwoWays(
+        remember_tracked(ways.bank, config, new, index, where_BK, where_BK),
+        remember_tracked(ways.turn, config, new, index, early_BK & nearer, early_BK & near),
+    )
 
 
 class Reach(NamedTuple):
@@ -148,18 +201,21 @@ class Reach(NamedTuple):
 def reach(
     bank: MemoryBank,
     config: Sam2Config,
-    index: Int[Array, ""],
-    num_slices: Int[Array, ""],
-    backwards: Bool[Array, ""],
+    index: Int[Array, "*BK"],
+    num_slices: Int[Array, "*BK"],
+    backwards: Bool[Array, "*BK"],
 ) -> Reach:
     """Decide what slice `index` of a volume of `num_slices` looks at.
+
+    Each of the three numbers is one for all objects, or one for each.
 
     All prompted slices, wherever they are, with the last row of the temporal table; of the tracked
     ones those up to 6 behind; pointers of prompted slices that are not ahead, and of tracked ones
     up to 15 behind, fewer in shorter volumes.
     """
     count = bank.conditioning(config)
-    sign = jnp.where(backwards, -1, 1)
+    index, num_slices = _per_object(bank, index), _per_object(bank, num_slices)
+    sign = jnp.where(_per_object(bank, backwards), -1, 1)
     memory, pointer = bank.memory_slice_BKL, bank.pointer_slice_BKR
     behind_BKL, behind_BKR = (index - memory) * sign, (index - pointer) * sign
     prompted_L = jnp.arange(memory.shape[2])[None, None] < count

@@ -6,7 +6,6 @@ Source: SAM 2 (Ravi et al. 2024), section 4.
 import math
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 
 from sss_jax.axes import Array, Float
@@ -59,14 +58,7 @@ class DepthwiseConv(nn.Module):
             "kernel", initialiser("kernel"), (FUSER_KERNEL, FUSER_KERNEL, 1, channels)
         )
         bias = self.param("bias", initialiser("bias"), (channels,))
-        y = jax.lax.conv_general_dilated(
-            x_NHWC.astype(self.dtype),
-            kernel.astype(self.dtype),
-            window_strides=(1, 1),
-            padding="SAME",
-            dimension_numbers=("NHWC", "HWIO", "NHWC"),
-            feature_group_count=channels,
-        )
+        y = layers.depthwise(x_NHWC.astype(self.dtype), kernel.astype(self.dtype))
         return layers.add_bias(y, bias.astype(self.dtype))
 
 

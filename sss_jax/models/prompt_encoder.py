@@ -30,6 +30,18 @@ class Prompts(NamedTuple):
     labels_BKQ: Int[Array, "B K Q"]
 
 
+class MaskPrompts(NamedTuple):
+    """Mask prompts of K objects per image.
+
+    Attributes:
+        logits_BKHW: mask logits at four times the coarse grid.
+        given_BK: objects that have one.
+    """
+
+    logits_BKHW: Float[Array, "B K H W"]
+    given_BK: Bool[Array, "B K"]
+
+
 def no_prompts(batch: int, classes: int, slots: int = 3) -> Prompts:
     """Prompts of `batch` images where no class has one; by default as wide as box and centre."""
     shape = (batch, classes, slots)
@@ -122,10 +134,13 @@ class PromptEncoder(nn.Module):
         tokens = kind + jnp.where((labels < 0)[..., None], 0.0, where)
         return tokens.astype(self.config.compute_dtype), slots
 
-    def masks(self, masks_BKHW: Float[Array, "B K H W"]) -> Float[Array, "B K h w D"]:
+    def masks(self, masks: Float[Array, "B K H W"] | MaskPrompts) -> Float[Array, "B K h w D"]:
         """Embed mask logits, given at four times the coarse grid."""
-        b, k, h, w = masks_BKHW.shape
-        x = masks_BKHW.reshape(b * k, h, w, 1)
+        if isinstance(masks, MaskPrompts):
+            given = masks.given_BK[..., None, None, None]
+            return jnp.where(given, self.masks(masks.logits_BKHW), self.no_mask())
+        b, k, h, w = masks.shape
+        x = masks.reshape(b * k, h, w, 1)
         x = layers.gelu(self.mask_downscaling_1(self.mask_downscaling_0(x)))
         x = layers.gelu(self.mask_downscaling_4(self.mask_downscaling_3(x)))
         x = self.mask_downscaling_6(x)

@@ -15,12 +15,12 @@ from sss_jax.axes import Array, Bool, Float, Int
 from sss_jax.models import layers, position
 from sss_jax.models.image_encoder import Features, ImageEncoder
 from sss_jax.models.initial import initialiser
-from sss_jax.models.mask_decoder import MaskDecoder, MaskOutput
+from sss_jax.models.mask_decoder import MaskDecoder, MaskOutput, Skips, with_coarse
 from sss_jax.models.memory_attention import MemoryAttention, MemoryKeys
 from sss_jax.models.memory_bank import MemoryBank, Reach, empty_bank, reach
 from sss_jax.models.memory_encoder import MemoryEncoder
 from sss_jax.models.presets import Sam2Config
-from sss_jax.models.prompt_encoder import PromptEncoder, no_prompts
+from sss_jax.models.prompt_encoder import MaskPrompts, PromptEncoder, no_prompts
 
 NO_OBJECT = -1024.0
 """Mask logit everywhere where the object is absent."""
@@ -100,13 +100,17 @@ class Sam2(nn.Module):
             raise ValueError(f"image {height}x{width}: sides must be multiples of {multiple}")
         return self.image_encoder(image_BHWC)
 
+    def skips(self, features: Features) -> Skips:
+        """Reduce pyramid maps to what `decode` needs of them, to keep many slices at hand."""
+        return self.sam_mask_decoder.skips(features)
+
     def decode(
         self,
-        features: Features,
+        features: Features | Skips,
         points_BKQ2: Float[Array, "B K Q 2"],
         labels_BKQ: Int[Array, "B K Q"],
         token_bias_BKD: Float[Array, "B K D"] | None = None,
-        masks_BKHW: Float[Array, "B K H W"] | None = None,
+        masks: Float[Array, "B K H W"] | MaskPrompts | None = None,
         *,
         single: bool = False,
         memory_conditioned: bool = False,
@@ -114,17 +118,18 @@ class Sam2(nn.Module):
         """Segment K objects per image in one batch that shares the image's features.
 
         Args:
-            features: pyramid maps of `encode_image`, or of `attend_memory`.
+            features: pyramid maps of `encode_image`, of `skips` or of `attend_memory`.
             points_BKQ2: (x, y) in input pixels.
             labels_BKQ: -1 unused, 0 / 1 clicks, 2 / 3 box corners. Unused slots do not change the
                 result; an object without any used slot is decoded as SAM-2 does without prompt.
             token_bias_BKD: added to the padding point that ends every prompt; None: zero.
-            masks_BKHW: mask prompts (logits) at four times the coarse grid; None: no mask prompt.
+            masks: mask prompts (logits) at four times the coarse grid, of all objects or, as
+                `MaskPrompts`, of some; None: no mask prompt.
             single: compute the single mask only (M = 1).
             memory_conditioned: the coarse map has seen the memory bank; otherwise the embedding
                 of "no memory" is added to it.
         """
-        fine, mid, coarse = features
+        coarse = features[2]
         height, width = (side * self.config.strides[2] for side in coarse.shape[-3:-1])
         encoder = self.sam_prompt_encoder
         tokens, valid = encoder.points(points_BKQ2, labels_BKQ, (height, width))
@@ -132,9 +137,10 @@ class Sam2(nn.Module):
             tokens = tokens.at[:, :, -1].add(token_bias_BKD.astype(tokens.dtype))
         if not memory_conditioned:
             coarse = coarse + self.no_mem_embed[None].astype(coarse.dtype)
-        dense = encoder.no_mask() if masks_BKHW is None else encoder.masks(masks_BKHW)
+        dense = encoder.no_mask() if masks is None else encoder.masks(masks)
         place = encoder.dense_position(*coarse.shape[-3:-1])
-        return self.sam_mask_decoder((fine, mid, coarse), dense, place, tokens, valid, single)
+        seen = with_coarse(features, coarse)
+        return self.sam_mask_decoder(seen, dense, place, tokens, valid, single)
 
     def predict(
         self,
@@ -153,7 +159,7 @@ class Sam2(nn.Module):
             features: as for `decode`.
             points_BKQ2: as for `decode`.
             labels_BKQ: as for `decode`.
-            masks_BKHW: as for `decode`.
+            masks_BKHW: mask prompts of all objects, as for `decode`.
             multimask: take the best of the three candidates; else the single mask. SAM-2 does so
                 for up to one point, where the prompt is ambiguous.
             fall_back: give up a single mask that is not stable for the best candidate.
@@ -183,7 +189,7 @@ class Sam2(nn.Module):
             logits,
             _choose(output.iou_BKM, mask_BK),
             output.object_score_BK,
-            self._pointer(_choose(output.tokens_BKMD, token_BK), present_BK),
+            self.pointer(_choose(output.tokens_BKMD, token_BK), present_BK),
         )
 
     def adopt_mask(self, features: Features, mask_BKHW: Float[Array, "B K H W"]) -> Prediction:
@@ -205,11 +211,14 @@ class Sam2(nn.Module):
         # The map enters the decoder as it is, without the embedding of "no memory".
         output = self.decode(features, *none, None, prompt, single=True, memory_conditioned=True)
         seen_BK = present_BK & (output.object_score_BK > 0)
-        pointer = self._pointer(output.tokens_BKMD[:, :, 0], seen_BK)
+        pointer = self.pointer(output.tokens_BKMD[:, :, 0], seen_BK)
         score = jnp.where(present_BK, MASK_PROMPT_LOGIT, -MASK_PROMPT_LOGIT)
         return Prediction(low, jnp.ones((b, k)), score, pointer)
 
-    def _pointer(self, token_BKD: Array, present_BK: Array) -> Float[Array, "B K D"]:
+    def pointer(
+        self, token_BKD: Float[Array, "B K D"], present_BK: Bool[Array, "B K"]
+    ) -> Float[Array, "B K D"]:
+        """Make object pointers from mask tokens; absent objects share one."""
         pointer_BKD = self.obj_ptr_proj(token_BKD)
         absent = self.no_obj_ptr[None].astype(pointer_BKD.dtype)
         return jnp.where(present_BK[..., None], pointer_BKD, absent)
@@ -258,9 +267,24 @@ class Sam2(nn.Module):
             The features with a coarse map per object, [B, K, h, w, D].
         """
         fine, mid, coarse = features
+        return fine, mid, self.condition(coarse, bank, index, num_slices, backwards)
+
+    def condition(
+        self,
+        coarse_BHWD: Float[Array, "B h w D"],
+        bank: MemoryBank,
+        index: Int[Array, "*BK"],
+        num_slices: Int[Array, "*BK"],
+        backwards: bool | Bool[Array, "*BK"],
+    ) -> Float[Array, "B K h w D"]:
+        """Condition coarse maps on memory, as `attend_memory` does.
+
+        Every object of a volume is on the same slice here, that of the coarse map. Where objects
+        are on slices of their own, fold them into the volumes (B) and keep one object (K = 1).
+        """
         seen = reach(bank, self.config, index, num_slices, jnp.asarray(backwards))
-        keys = self._memory_keys(bank, seen, (coarse.shape[1], coarse.shape[2]))
-        return fine, mid, self.memory_attention(coarse, keys)
+        keys = self._memory_keys(bank, seen, (coarse_BHWD.shape[1], coarse_BHWD.shape[2]))
+        return self.memory_attention(coarse_BHWD, keys)
 
     def _memory_keys(self, bank: MemoryBank, seen: Reach, grid: tuple[int, int]) -> MemoryKeys:
         c = self.config
@@ -304,7 +328,7 @@ class Sam2(nn.Module):
         if self.is_initializing():
             b, h, w, _ = features[2].shape
             empty = jnp.zeros((b, labels_BKQ.shape[1], 4 * h, 4 * w))
-            self.decode(features, points_BKQ2, labels_BKQ, masks_BKHW=empty)
+            self.decode(features, points_BKQ2, labels_BKQ, masks=empty)
             if self.config.memory:
                 self._touch_memory(features, labels_BKQ.shape[1])
         return self.decode(features, points_BKQ2, labels_BKQ)

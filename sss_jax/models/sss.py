@@ -9,14 +9,16 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from sss_jax.axes import Array, Float, Key, PyTree
+from sss_jax.axes import Array, Bool, Float, Int, Key, PyTree
 from sss_jax.models.coarse_head import CoarseHead
 from sss_jax.models.image_encoder import Features, normalise_image
 from sss_jax.models.initial import draw_all, initialiser
+from sss_jax.models.mask_decoder import Skips, with_coarse
+from sss_jax.models.memory_bank import Memory, MemoryBank
 from sss_jax.models.presets import Sam2Config, preset
-from sss_jax.models.prompt_encoder import Prompts, no_prompts
-from sss_jax.models.sam2 import Sam2
-from sss_jax.options import ModelOptions
+from sss_jax.models.prompt_encoder import MaskPrompts, Prompts, no_prompts
+from sss_jax.models.sam2 import NO_OBJECT, Sam2
+from sss_jax.options import Options
 
 
 class SegmentOutput(NamedTuple):
@@ -32,6 +34,31 @@ class SegmentOutput(NamedTuple):
     logits_BHWK1: Float[Array, "B H W K1"]
     iou_BK: Float[Array, "B K"]
     object_score_BK: Float[Array, "B K"]
+
+
+class SliceOutput(NamedTuple):
+    """Segmentation of N objects, each on a slice of its own.
+
+    Attributes:
+        logits_NHW: mask logits at four times the coarse grid.
+        iou_N: estimated intersection over union.
+        object_score_N: logit that the class is present.
+    """
+
+    logits_NHW: Float[Array, "N H W"]
+    iou_N: Float[Array, " N"]
+    object_score_N: Float[Array, " N"]
+
+
+def as_classes(
+    logits_BKHW: Float[Array, "B K H W"],
+    iou_BK: Float[Array, "B K"],
+    score_BK: Float[Array, "B K"],
+) -> SegmentOutput:
+    """Lay the masks of K objects out as class logits, with 0 for the background."""
+    classes = jnp.moveaxis(logits_BKHW, 1, -1)
+    background = jnp.zeros_like(classes[..., :1])
+    return SegmentOutput(jnp.concatenate([background, classes], axis=-1), iou_BK, score_BK)
 
 
 class SSSModel(nn.Module):
@@ -63,8 +90,10 @@ class SSSModel(nn.Module):
         """Class logits of the coarse head at the finest level."""
         return self.coarse_head(features[0])
 
-    def segment(self, features: Features, prompts: Prompts) -> SegmentOutput:
-        """Decode all classes, each with its prompt and its class token.
+    def segment(
+        self, features: Features, prompts: Prompts, masks: MaskPrompts | None = None
+    ) -> SegmentOutput:
+        """Decode all classes, each with its prompt and its class token, without memory.
 
         Differs from the paper: SAM-2 knows no classes, so each class is an object with a learned
         token, and the background logit is 0.
@@ -72,14 +101,64 @@ class SSSModel(nn.Module):
         b = features[0].shape[0]
         tokens = jnp.broadcast_to(self.class_tokens[None], (b, *self.class_tokens.shape))
         output = self.sam2.decode(
-            features, prompts.points_BKQ2, prompts.labels_BKQ, tokens, single=True
+            features, prompts.points_BKQ2, prompts.labels_BKQ, tokens, masks, single=True
         )
-        classes = jnp.moveaxis(output.logits_BKMHW[:, :, 0], 1, -1)
-        background = jnp.zeros_like(classes[..., :1])
-        return SegmentOutput(
-            logits_BHWK1=jnp.concatenate([background, classes], axis=-1),
-            iou_BK=output.iou_BKM[..., 0],
-            object_score_BK=output.object_score_BK,
+        return as_classes(
+            output.logits_BKMHW[:, :, 0], output.iou_BKM[..., 0], output.object_score_BK
+        )
+
+    def skips(self, features: Features) -> Skips:
+        """Reduce the features of slices to what carrying classes through a volume needs."""
+        return self.sam2.skips(features)
+
+    def without_memory(self, coarse_NHWD: Float[Array, "N H W D"]) -> Float[Array, "N 1 H W D"]:
+        """Make the coarse maps of slices that begin their volume."""
+        return (coarse_NHWD + self.sam2.no_mem_embed[None].astype(coarse_NHWD.dtype))[:, None]
+
+    def with_memory(
+        self,
+        coarse_NHWD: Float[Array, "N H W D"],
+        bank: MemoryBank,
+        index_N1: Int[Array, "N 1"],
+        num_slices_N1: Int[Array, "N 1"],
+        backwards_N1: Bool[Array, "N 1"],
+    ) -> Float[Array, "N 1 H W D"]:
+        """Condition the coarse maps of N objects, each on a slice of its own, on their memory."""
+        return self.sam2.condition(coarse_NHWD, bank, index_N1, num_slices_N1, backwards_N1)
+
+    def segment_and_remember(
+        self,
+        skips: Skips,
+        seen_N1HWD: Float[Array, "N 1 H W D"],
+        prompts: Prompts,
+        masks: MaskPrompts | None,
+        class_N: Int[Array, " N"],
+    ) -> tuple[SliceOutput, Memory]:
+        """Decode N objects, each on a slice of its own, and encode what to remember of it.
+
+        Args:
+            skips: features of the slices.
+            seen_N1HWD: their coarse maps as `without_memory` or `with_memory` make them.
+            prompts: prompts of the objects, with K = 1.
+            masks: mask prompts of the objects, with K = 1.
+            class_N: class of each object, from 0.
+        """
+        output = self.sam2.decode(
+            with_coarse(skips, seen_N1HWD),
+            prompts.points_BKQ2,
+            prompts.labels_BKQ,
+            self.class_tokens[class_N][:, None],
+            masks,
+            single=True,
+            memory_conditioned=True,
+        )
+        logits, score = output.logits_BKMHW[:, :, 0], output.object_score_BK
+        present = score > 0
+        kept = jnp.where(present[..., None, None], logits, NO_OBJECT)
+        memory = self.sam2.encode_memory(skips.coarse_BHWD, kept, score, binary=False)
+        pointer = self.sam2.pointer(output.tokens_BKMD[:, :, 0], present)
+        return SliceOutput(logits[:, 0], output.iou_BKM[:, 0, 0], score[:, 0]), Memory(
+            memory, pointer
         )
 
     def __call__(
@@ -92,10 +171,12 @@ class SSSModel(nn.Module):
         return self.coarse(features), self.segment(features, prompts)
 
 
-def build_model(options: ModelOptions) -> SSSModel:
-    """Make the network that `options` describe."""
-    config = preset(options.preset, options.image_size, options.dtype, options.remat, memory=False)
-    return SSSModel(config, options.num_classes, options.class_token_std)
+def build_model(options: Options) -> SSSModel:
+    """Make the network that `options` describe; without memory, without the parts for it."""
+    model = options.model
+    memory = options.memory.kind != "none"
+    config = preset(model.preset, model.image_size, model.dtype, model.remat, memory=memory)
+    return SSSModel(config, model.num_classes, model.class_token_std)
 
 
 def init_params(model: SSSModel, key: Key[Array, ""]) -> PyTree:

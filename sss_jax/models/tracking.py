@@ -21,9 +21,11 @@ from sss_jax.models.memory_bank import (
     EMPTY,
     Memory,
     MemoryBank,
+    TwoWays,
     empty_bank,
+    remember_on_the_way,
     remember_prompted,
-    remember_tracked,
+    turn_back,
 )
 from sss_jax.models.prompt_encoder import Prompts, no_prompts
 from sss_jax.models.sam2 import NO_OBJECT, Prediction, Sam2
@@ -296,36 +298,25 @@ def propagate(
     turn_at, steps_in_use = num_slices - start, num_slices + (start > 0).astype(jnp.int32)
     known_BK = jnp.any(_slots(prompted.bank, model) != EMPTY, axis=-1)
 
-    def visit(carry: tuple[MemoryBank, MemoryBank], i: Array) -> tuple:
-        bank, turn = carry
+    def visit(ways: TwoWays, i: Array) -> tuple:
         backwards = i >= turn_at
         index = jnp.where(backwards, num_slices - i, start + i)
-        bank = jax.tree.map(lambda a, b: jnp.where(i == turn_at, a, b), turn, bank)
-        here_BKC = _slots(bank, model) == index
+        ways = turn_back(ways, (i == turn_at)[None, None])
+        here_BKC = _slots(ways.bank, model) == index
         tracked_BK = known_BK & (i < steps_in_use) & ~here_BKC.any(axis=-1)
 
-        place = Place(bank, index, num_slices, backwards)
+        place = Place(ways.bank, index, num_slices, backwards)
         follow = functools.partial(
             _follow, model, params, prompted, image_SHWC, place, known_BK, rules
         )
         memory, found = jax.lax.cond(tracked_BK.any(), follow, lambda: _zeros(follow))
-        bank = remember_tracked(bank, config, memory, index, tracked_BK, tracked_BK)
-        # The slices next to the start serve the way back too; the rings forget them on the way on.
-        early = ~backwards & tracked_BK & (i > 0)
-        turn = remember_tracked(
-            turn,
-            config,
-            memory,
-            index,
-            early & (i < config.num_maskmem),
-            early & (i < config.max_pointers),
-        )
-        return (bank, turn), (index, _merge(prompted, found, here_BKC, known_BK))
+        ways = remember_on_the_way(ways, config, memory, index, tracked_BK, i, backwards)
+        return ways, (index, _merge(prompted, found, here_BKC, known_BK))
 
     steps = jnp.arange(padded + 1, dtype=jnp.int32)
     order: Array
     track: Track
-    _, (order, track) = jax.lax.scan(visit, (prompted.bank, prompted.bank), steps)
+    _, (order, track) = jax.lax.scan(visit, TwoWays(prompted.bank, prompted.bank), steps)
     # Steps beyond the volume, and the first visit of two, write to a row that is cut off.
     last_visit = (steps < steps_in_use) & ((steps > 0) | (start == 0))
     row = jnp.where(last_visit, order, padded)

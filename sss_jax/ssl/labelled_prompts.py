@@ -5,16 +5,18 @@ import jax.numpy as jnp
 
 from sss_jax.augment.keys import example_keys
 from sss_jax.axes import Array, Float, Int, Key
-from sss_jax.models.prompt_encoder import Prompts, no_prompts
 from sss_jax.options import Options
 from sss_jax.ssl.prompts import (
+    ClipPrompts,
     clips_to_images,
-    images_to_clips,
     jitter,
+    of_clips,
     select,
     to_prompts,
 )
 
+# Logit of a pixel inside a ground-truth mask, as SAM-2 has it; outside its negative.
+_MASK_LOGIT = 10.0
 # Shares of `mixed`: a jittered ground-truth box, a PCSW prompt; the rest has no prompt.
 _TRUTH, _PCSW = 0.5, 0.25
 
@@ -33,57 +35,68 @@ def volumes_to_search(
     kind = options.semi.labelled_prompts
     own = [coarse_BSHWK] if options.pcsw.enabled and kind in ("mixed", "pcsw") else []
     truth = [shrink_labels(label_BSHW, stride, coarse_BSHWK.shape[-1])]
-    return own + (truth if kind in ("mixed", "gt_box") else [])
+    return own + (truth if kind in ("mixed", "gt_box", "gt_mask") else [])
 
 
 def choose(
     key: Key[Array, ""],
-    found: list[Prompts],
+    found: list[ClipPrompts],
+    volumes: list[Float[Array, "B S h w K"]],
     id_B: Int[Array, " B"],
-    slices: int,
-    classes: int,
+    none: ClipPrompts,
     options: Options,
-) -> Prompts:
-    """Draw the prompts of labelled clips, for B x S images.
+) -> ClipPrompts:
+    """Draw the prompts of labelled clips.
 
     Args:
         key: key of the step.
-        found: PCSW prompts of `volumes_to_search`.
+        found: PCSW prompts of `volumes`.
+        volumes: what `volumes_to_search` returned.
         id_B: global ids of the clips.
-        slices: S.
-        classes: K.
+        none: the absence of prompts.
         options: `semi.labelled_prompts`: `mixed` (per clip and class a jittered ground-truth box
-            with probability 1/2, a PCSW prompt with 1/4, else none), `gt_box`, `pcsw` or `none`.
+            with probability 1/2, a PCSW prompt with 1/4, else none), `gt_box`, `gt_mask`, `pcsw` or
+            `none`.
 
     Differs from the paper: the sources disagree (ground-truth mask in the published sketch, box or
     click in Medical-SAM2), and both make training easier than test; `mixed` is ours. A ground-truth
-    box lies on the slices where PCSW would put one, given the true mask.
+    box or mask lies on the slices where PCSW would put a box, given the true mask.
     """
     kind = options.semi.labelled_prompts
-    none = no_prompts(id_B.shape[0] * slices, classes)
     if kind == "none":
         return none
     if kind == "pcsw":
         return found[0]
+    if kind == "gt_mask":
+        return _as_masks(found[-1], volumes[-1], none)
     key_box, key_choice = jax.random.split(key)
-    truth = _jittered(example_keys(key_box, id_B), found[-1], slices, options)
+    truth = _jittered(example_keys(key_box, id_B), found[-1], options)
     if kind == "gt_box":
         return truth
     keys = example_keys(key_choice, id_B)
-    drawn_BK = jax.vmap(lambda k: jax.random.uniform(k, (classes,)))(keys)
-    drawn_NK = jnp.repeat(drawn_BK, slices, axis=0)
+    drawn_BK = jax.vmap(lambda k: jax.random.uniform(k, none.start_BK.shape[1:]))(keys)
     other = found[0] if options.pcsw.enabled else none
-    return select(drawn_NK < _TRUTH, truth, select(drawn_NK < _TRUTH + _PCSW, other, none))
+    return select(drawn_BK < _TRUTH, truth, select(drawn_BK < _TRUTH + _PCSW, other, none))
 
 
-def _jittered(key_B: Key[Array, " B"], tight: Prompts, slices: int, options: Options) -> Prompts:
-    corners_NK22 = tight.points_BKQ2[:, :, :2]
-    box_BSK4 = images_to_clips(corners_NK22.reshape(*corners_NK22.shape[:2], 4), slices)
+def _as_masks(
+    tight: ClipPrompts, truth_BSHWK: Float[Array, "B S h w K"], none: ClipPrompts
+) -> ClipPrompts:
+    """Put masks in place of boxes."""
+    logits = (2 * jnp.moveaxis(truth_BSHWK, -1, 2) - 1) * _MASK_LOGIT
+    given_BSK = tight.labels_BSKQ[..., 0] >= 0
+    return none._replace(start_BK=tight.start_BK, mask_BSKHW=logits, mask_given_BSK=given_BSK)
+
+
+def _jittered(key_B: Key[Array, " B"], tight: ClipPrompts, options: Options) -> ClipPrompts:
+    corners = tight.points_BSKQ2[:, :, :, :2]
+    slices = corners.shape[1]
     moved, centre = jax.vmap(
         lambda k, box: jitter(k, box, options.semi.box_jitter, options.model.image_size)
-    )(key_B, box_BSK4)
-    valid_NK = tight.labels_BKQ[..., 0] >= 0
-    return to_prompts(clips_to_images(moved), clips_to_images(centre), valid_NK)
+    )(key_B, corners.reshape(*corners.shape[:3], 4))
+    valid_NK = clips_to_images(tight.labels_BSKQ[..., 0] >= 0)
+    flat = to_prompts(clips_to_images(moved), clips_to_images(centre), valid_NK)
+    return of_clips(flat, slices, tight.start_BK)
 
 
 def shrink_labels(

@@ -6,8 +6,10 @@ import jax
 import jax.numpy as jnp
 
 from sss_jax.axes import Array, Float, PyTree
-from sss_jax.models.prompt_encoder import Prompts
-from sss_jax.models.sss import SegmentOutput, SSSModel
+from sss_jax.models.mask_decoder import Skips
+from sss_jax.models.memory_bank import Memory, MemoryBank
+from sss_jax.models.prompt_encoder import MaskPrompts, Prompts
+from sss_jax.models.sss import SegmentOutput, SliceOutput, SSSModel
 
 Features = tuple[Array, ...]
 
@@ -30,9 +32,34 @@ class Network(NamedTuple):
         """Return the foreground probabilities of the coarse head, the input of PCSW."""
         return jax.nn.softmax(self.coarse(features))[..., 1:]
 
-    def segment(self, features: Features, prompts: Prompts) -> SegmentOutput:
+    def segment(
+        self, features: Features, prompts: Prompts, masks: MaskPrompts | None = None
+    ) -> SegmentOutput:
         """Decode all classes of every image."""
-        return self._apply("segment", features, prompts)
+        return self._apply("segment", features, prompts, masks)
+
+    def skips(self, features: Features) -> Skips:
+        """Return of the FPN maps what carrying classes through a volume needs."""
+        return self._apply("skips", features)
+
+    def without_memory(self, coarse_NHWD: Array) -> Array:
+        """Return the coarse maps [N, 1, H, W, D] of slices that begin their volume."""
+        return self._apply("without_memory", coarse_NHWD)
+
+    def with_memory(self, coarse_NHWD: Array, bank: MemoryBank, *place: Array) -> Array:
+        """Return the coarse maps [N, 1, H, W, D] of N objects, conditioned on their memory."""
+        return self._apply("with_memory", coarse_NHWD, bank, *place)
+
+    def segment_and_remember(
+        self,
+        skips: Skips,
+        seen_N1HWD: Array,
+        prompts: Prompts,
+        masks: MaskPrompts | None,
+        class_N: Array,
+    ) -> tuple[SliceOutput, Memory]:
+        """Decode N objects, each on a slice of its own, and encode what to remember of it."""
+        return self._apply("segment_and_remember", skips, seen_N1HWD, prompts, masks, class_N)
 
     def _apply(self, method: str, *args: Any) -> Any:
         return self.model.apply({"params": self.net}, *args, method=method)

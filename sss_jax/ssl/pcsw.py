@@ -14,9 +14,17 @@ from jax import lax
 
 from sss_jax.axes import Array, Bool, Float, Int
 from sss_jax.models.components import component_sizes, join_planes, plane_components
-from sss_jax.models.prompt_encoder import Prompts
 from sss_jax.options import PCSWOptions
-from sss_jax.ssl.prompts import box_centre, full_box, tight_box, to_prompts
+from sss_jax.ssl.prompts import (
+    ClipPrompts,
+    box_centre,
+    clips_to_images,
+    full_box,
+    middle_slice,
+    of_clips,
+    tight_box,
+    to_prompts,
+)
 
 _RESOLUTION = 10_000  # of tau; its square must fit int32
 _EXACT = 2  # components of the volume whose area in a window the bound knows exactly
@@ -269,7 +277,7 @@ def volume_prompts(
     slice_mask_BS: Bool[Array, "B S"],
     stride: int,
     options: PCSWOptions,
-) -> tuple[Prompts, SlicePrompts]:
+) -> tuple[ClipPrompts, SlicePrompts]:
     """Make the prompts of every volume and class, scaled to the input image.
 
     Args:
@@ -280,8 +288,8 @@ def volume_prompts(
         options: settings of the search.
 
     Returns:
-        Prompts of the B * S images in input pixels, and the search results with leading axes
-        (B, K), in pixels of the mask grid.
+        Prompts in input pixels, and the search results with leading axes (B, K), in pixels of the
+        mask grid. A class without foreground starts from the middle slice.
     """
     mask_BSHWK = prob_BSHWK.astype(jnp.float32) > options.threshold
     mask_BKSHW = jnp.moveaxis(mask_BSHWK, -1, 1)
@@ -293,10 +301,11 @@ def volume_prompts(
     found = jax.vmap(classes)(mask_BKSHW, num_B)
 
     def images(array_BKS: Array) -> Array:
-        array_BSK = jnp.swapaxes(array_BKS, 1, 2)
-        return array_BSK.reshape(-1, *array_BSK.shape[2:])
+        return clips_to_images(jnp.swapaxes(array_BKS, 1, 2))
 
     last_4 = jnp.array([0, 0, stride - 1, stride - 1], jnp.float32)
     box_BK4 = images(found.box_S4) * stride + last_4[None, None]
     point_BK2 = images(found.point_S2) * stride + (stride - 1) / 2
-    return to_prompts(box_BK4, point_BK2, images(found.valid_S)), found
+    flat = to_prompts(box_BK4, point_BK2, images(found.valid_S))
+    start_BK = jnp.where(found.valid_BK, found.slice, middle_slice(slice_mask_BS)[:, None])
+    return of_clips(flat, slice_mask_BS.shape[1], start_BK), found

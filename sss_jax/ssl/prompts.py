@@ -1,10 +1,74 @@
 """Prompts of the mask decoder: a box and its centre for each image and class."""
 
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 
-from sss_jax.axes import Array, Bool, Float, Key
-from sss_jax.models.prompt_encoder import BOX_END, BOX_START, CLICK, PADDING, Prompts
+from sss_jax.axes import Array, Bool, Float, Int, Key
+from sss_jax.models.prompt_encoder import (
+    BOX_END,
+    BOX_START,
+    CLICK,
+    PADDING,
+    MaskPrompts,
+    Prompts,
+    no_prompts,
+)
+
+
+class ClipPrompts(NamedTuple):
+    """Prompts of K classes in B clips of S slices.
+
+    Attributes:
+        points_BSKQ2: (x, y) in pixels of the input image.
+        labels_BSKQ: kinds of the points, -1 where there is none, as in `Prompts`.
+        start_BK: slice from which the class is carried through the clip.
+        mask_BSKHW: mask prompts (logits) at four times the coarse grid; None: no clip has any.
+        mask_given_BSK: which of them exist.
+    """
+
+    points_BSKQ2: Float[Array, "B S K Q 2"]
+    labels_BSKQ: Int[Array, "B S K Q"]
+    start_BK: Int[Array, "B K"]
+    mask_BSKHW: Float[Array, "B S K H W"] | None = None
+    mask_given_BSK: Bool[Array, "B S K"] | None = None
+
+    def images(self) -> Prompts:
+        """Prompts of the B x S images."""
+        return Prompts(clips_to_images(self.points_BSKQ2), clips_to_images(self.labels_BSKQ))
+
+    def image_masks(self) -> MaskPrompts | None:
+        """Mask prompts of the B x S images."""
+        if self.mask_BSKHW is None or self.mask_given_BSK is None:
+            return None
+        return MaskPrompts(clips_to_images(self.mask_BSKHW), clips_to_images(self.mask_given_BSK))
+
+    def without_masks(self, grid: tuple[int, int]) -> "ClipPrompts":
+        """Say that no class has a mask prompt, beside clips that have some."""
+        shape = self.labels_BSKQ.shape[:3]
+        return self._replace(
+            mask_BSKHW=jnp.zeros((*shape, *grid)), mask_given_BSK=jnp.zeros(shape, bool)
+        )
+
+
+def no_clip_prompts(slice_mask_BS: Bool[Array, "B S"], classes: int) -> ClipPrompts:
+    """No class has a prompt; each is carried outwards from the middle slice."""
+    batch, slices = slice_mask_BS.shape
+    none = no_prompts(batch * slices, classes)
+    middle_BK = jnp.broadcast_to(middle_slice(slice_mask_BS)[:, None], (batch, classes))
+    return of_clips(none, slices, middle_BK)
+
+
+def of_clips(images: Prompts, slices: int, start_BK: Int[Array, "B K"]) -> ClipPrompts:
+    """Lay the prompts of B x S images out by clips."""
+    points, labels = (images_to_clips(x, slices) for x in images)
+    return ClipPrompts(points, labels, start_BK)
+
+
+def middle_slice(slice_mask_BS: Bool[Array, "B S"]) -> Int[Array, " B"]:
+    """Middle of the true slices."""
+    return jnp.sum(slice_mask_BS, axis=1, dtype=jnp.int32) // 2
 
 
 def to_prompts(
@@ -29,11 +93,13 @@ def to_prompts(
     return Prompts(points_BKQ2, labels_BKQ)
 
 
-def select(condition_BK: Bool[Array, "B K"], one: Prompts, other: Prompts) -> Prompts:
-    """Take each image's and class's prompt from `one` where the condition holds, else `other`."""
-    return Prompts(
-        jnp.where(condition_BK[..., None, None], one.points_BKQ2, other.points_BKQ2),
-        jnp.where(condition_BK[..., None], one.labels_BKQ, other.labels_BKQ),
+def select(condition_BK: Bool[Array, "B K"], one: ClipPrompts, other: ClipPrompts) -> ClipPrompts:
+    """Take each clip's and class's prompts from `one` where the condition holds, else `other`."""
+    condition_BSK = condition_BK[:, None]
+    return ClipPrompts(
+        jnp.where(condition_BSK[..., None, None], one.points_BSKQ2, other.points_BSKQ2),
+        jnp.where(condition_BSK[..., None], one.labels_BSKQ, other.labels_BSKQ),
+        jnp.where(condition_BK, one.start_BK, other.start_BK),
     )
 
 

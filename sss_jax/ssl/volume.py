@@ -11,11 +11,14 @@ from sss_jax.axes import Array, Bool, Float, PyTree
 from sss_jax.data.examples import Example, restore_labels
 from sss_jax.losses import upsample_logits
 from sss_jax.models.layers import padded_size
-from sss_jax.models.prompt_encoder import Prompts, no_prompts
+from sss_jax.models.mask_decoder import Skips
+from sss_jax.models.prompt_encoder import Prompts
 from sss_jax.models.sss import SSSModel
 from sss_jax.options import Options
-from sss_jax.ssl.network import Network
+from sss_jax.ssl.network import Features, Network
 from sss_jax.ssl.pcsw import volume_prompts
+from sss_jax.ssl.prompts import no_clip_prompts
+from sss_jax.ssl.propagation import carry_classes
 
 VolumeFunction = Callable[[PyTree, Any, Any], Array]
 
@@ -24,9 +27,10 @@ def make_volume_function(model: SSSModel, options: Options) -> VolumeFunction:
     """Return a jitted `(net params, image_SHW1, slice_mask_S) -> probability_SHWK1`.
 
     Pass one encodes the slices and makes the coarse masks, PCSW turns the masks of the whole
-    volume into prompts, pass two decodes every slice with its prompt. Features are kept between
-    the passes while they fit `eval.keep_bytes`, else computed again. S must be a multiple of
-    `eval.encode_batch` or smaller than it.
+    volume into prompts, pass two carries every class by memory from its prompt through the volume
+    (without memory it decodes every slice by itself). Features are kept between the passes while
+    they fit `eval.keep_bytes`, else computed again, with memory once for each class. S must be a
+    multiple of `eval.encode_batch` or smaller than it.
     """
 
     def one_view(params: PyTree, image: Array, mask: Array) -> Array:
@@ -51,34 +55,49 @@ def _segment_volume(
     network = Network(model, params)
     chunk = min(options.eval.encode_batch, slices)
     images = image_SHWC.reshape(-1, chunk, height, width, 1)
+    by_memory = options.memory.kind != "none"
 
-    shapes = jax.eval_shape(network.encode, images[0])
-    size = sum(s.size * s.dtype.itemsize for s in shapes) * images.shape[0]
+    def store(features: Features) -> PyTree:
+        return network.skips(features) if by_memory else features
+
+    shapes = jax.eval_shape(lambda image: store(network.encode(image)), images[0])
+    size = sum(s.size * s.dtype.itemsize for s in jax.tree.leaves(shapes)) * images.shape[0]
     keep = size <= options.eval.keep_bytes
 
     def first_pass(image: Array) -> tuple[Array, PyTree]:
         features = network.encode(image)
-        return network.coarse_foreground(features), features if keep else image
+        return network.coarse_foreground(features), store(features) if keep else image
 
     coarse, stored = jax.lax.map(first_pass, images)
     coarse = coarse.reshape(1, slices, *coarse.shape[2:])
-    classes = coarse.shape[-1]
+    mask_BS = slice_mask_S[None]
     if options.pcsw.enabled:
-        prompts, _ = volume_prompts(
-            coarse, slice_mask_S[None], width // coarse.shape[3], options.pcsw
-        )
+        prompts, _ = volume_prompts(coarse, mask_BS, width // coarse.shape[3], options.pcsw)
     else:
-        prompts = no_prompts(slices, classes)
+        prompts = no_clip_prompts(mask_BS, coarse.shape[-1])
+
+    if by_memory:
+        slices_of = jax.tree.map(lambda x: x.reshape(slices, *x.shape[2:]), stored)
+
+        def skips_of(slice_BK: Array) -> Skips:
+            held = jax.tree.map(lambda x: x[slice_BK[0]], slices_of)
+            return held if keep else network.skips(network.encode(held))
+
+        logits = carry_classes(network, skips_of, prompts, mask_BS, options).logits_BHWK1
+        return jax.lax.map(lambda x: _probability(x[None], (height, width))[0], logits)
 
     def second_pass(args: tuple[PyTree, Prompts]) -> Array:
         stored, prompts = args
         features = stored if keep else network.encode(stored)
-        logits = network.segment(features, prompts).logits_BHWK1
-        return jax.nn.softmax(upsample_logits(logits, (height, width)))
+        return _probability(network.segment(features, prompts).logits_BHWK1, (height, width))
 
-    chunks = jax.tree.map(lambda x: x.reshape(-1, chunk, *x.shape[1:]), prompts)
+    chunks = jax.tree.map(lambda x: x.reshape(-1, chunk, *x.shape[1:]), prompts.images())
     probability = jax.lax.map(second_pass, (stored, chunks))
     return probability.reshape(slices, *probability.shape[2:])
+
+
+def _probability(logits_NhwK1: Array, size: tuple[int, int]) -> Float[Array, "N H W K1"]:
+    return jax.nn.softmax(upsample_logits(logits_NhwK1, size))
 
 
 def predict_example(

@@ -4,12 +4,12 @@
     unlabelled  x --weak--> E', coarse head, PCSW, D' --> pseudo-label, prompts (no gradient)
                   --strong 1, 2--> E --> dropout --> DFE(weak, strong) --> D(prompts) --> L_u
 
-E is the image encoder, D the mask decoder, E' and D' the teacher's. Source: SSS (Zhu et al. 2026,
+E is the image encoder, D the mask decoder that carries every class through the slices of a clip by
+memory attention, E' and D' the teacher's. Source: SSS (Zhu et al. 2026,
 arXiv 2506.08949), figure 2; weak-to-strong frame from UniMatch V2 (Yang et al. 2024).
 Differs from the paper: the coarse head is trained with the supervised loss on labelled slices
 (the published sketch never trains it); where CutMix pastes a box, pseudo-label, confidence,
 coarse masks and weak features are pasted with it, the features after the convolution of DFE.
-Slices are decoded without memory.
 """
 
 from typing import NamedTuple
@@ -19,13 +19,13 @@ import jax.numpy as jnp
 
 from sss_jax import losses
 from sss_jax.axes import Array, Bool, Float, Int, Key, PyTree
-from sss_jax.models.prompt_encoder import Prompts, no_prompts
 from sss_jax.models.sss import SegmentOutput, SSSModel
 from sss_jax.options import Options
 from sss_jax.ssl import dfe, dropout, labelled_prompts
 from sss_jax.ssl.network import Features, Network
 from sss_jax.ssl.pcsw import volume_prompts
-from sss_jax.ssl.prompts import clips_to_images, images_to_clips
+from sss_jax.ssl.prompts import ClipPrompts, clips_to_images, images_to_clips, no_clip_prompts
+from sss_jax.ssl.propagation import segment_clips
 from sss_jax.ssl.views import (
     LabelledView,
     UnlabelledViews,
@@ -96,8 +96,12 @@ def sss_loss(
         dropped = _drop(key_dropout, strong, batch["unlabelled"]["id"], options, axis)
         enhanced, similarity = _enhance(params, pseudo, dropped, views, options, axis)
         volumes = _view_volumes(student, strong, views, pseudo, options, axis)
+    masks = [batch["labelled"]["slice_mask"]]
+    if enhanced:
+        masks += [batch["unlabelled"]["slice_mask"]] * len(enhanced)
     prompts = _prompts(key_prompts, student, features, labelled, volumes, batch, options)
-    outputs = _cut(student.segment(_join([features, *enhanced]), prompts), sizes)
+    segmented = segment_clips(student, _join([features, *enhanced]), prompts, _join(masks), options)
+    outputs = _cut(segmented, sizes)
 
     loss, aux = _labelled_loss(student, features, outputs[0], labelled, options, axis)
     if options.semi.enabled:
@@ -120,7 +124,7 @@ def make_pseudo_labels(
     features = teacher.encode(clips_to_images(views.weak_BSHWC))
     coarse = images_to_clips(teacher.coarse_foreground(features), slices)
     prompts, prompts_valid = _search(coarse, slice_mask_BS, width, options)
-    logits = teacher.segment(features, prompts).logits_BHWK1
+    logits = segment_clips(teacher, features, prompts, slice_mask_BS, options).logits_BHWK1
     probability = jax.nn.softmax(losses.upsample_logits(logits, (height, width)))
     pseudo = PseudoLabels(
         features=features,
@@ -134,11 +138,11 @@ def make_pseudo_labels(
 
 def _search(
     coarse_BSHWK: Array, slice_mask_BS: Array, image_size: int, options: Options
-) -> tuple[Prompts, Array]:
+) -> tuple[ClipPrompts, Array]:
     """Run PCSW; also return the share of clips and classes that got a prompt."""
-    batch, slices, _, width, classes = coarse_BSHWK.shape
+    width, classes = coarse_BSHWK.shape[3:]
     if not options.pcsw.enabled:
-        return no_prompts(batch * slices, classes), jnp.zeros(())
+        return no_clip_prompts(slice_mask_BS, classes), jnp.zeros(())
     coarse_BSHWK = jax.lax.stop_gradient(coarse_BSHWK)
     prompts, found = volume_prompts(coarse_BSHWK, slice_mask_BS, image_size // width, options.pcsw)
     return prompts, found.valid_BK.astype(jnp.float32).mean()
@@ -152,8 +156,8 @@ def _prompts(
     view_volumes: list[Array],
     batch: Batch,
     options: Options,
-) -> Prompts:
-    """Make the prompts of the labelled images and of all strong views: one search for all."""
+) -> ClipPrompts:
+    """Make the prompts of the labelled clips and of all strong views: one search for all."""
     ids, mask = batch["labelled"]["id"], batch["labelled"]["slice_mask"]
     slices, size = labelled.label_BSHW.shape[1:3]
     coarse = images_to_clips(student.coarse_foreground(features), slices)
@@ -161,13 +165,17 @@ def _prompts(
     masks = [mask] * len(own)
     if view_volumes:
         masks += [batch["unlabelled"]["slice_mask"]] * len(view_volumes)
-    found: list[Prompts] = []
+    found: list[ClipPrompts] = []
     if masks:
         together, _ = _search(_join([*own, *view_volumes]), _join(masks), size, options)
-        found = _cut(together, [m.shape[0] * slices for m in masks])
-    classes = coarse.shape[-1]
-    first = labelled_prompts.choose(key, found[: len(own)], ids, slices, classes, options)
-    return _join([first, *found[len(own) :]])
+        found = _cut(together, [len(m) for m in masks])
+    none = no_clip_prompts(mask, coarse.shape[-1])
+    first = labelled_prompts.choose(key, found[: len(own)], own, ids, none, options)
+    others = found[len(own) :]
+    if first.mask_BSKHW is not None:
+        height, width = first.mask_BSKHW.shape[-2:]
+        others = [other.without_masks((height, width)) for other in others]
+    return _join([first, *others])
 
 
 def _view_volumes(

@@ -69,7 +69,7 @@ class _Run:
             split, options.model, options.data, options.train, semi=options.semi.enabled
         )
         self.log = MetricsLog(workdir)
-        self.model = build_model(options.model)
+        self.model = build_model(options)
         self.volume = make_volume_function(self.model, options)
         self.guard = NonFiniteGuard(options.train.nonfinite_limit, self._case_names)
 

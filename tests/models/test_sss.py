@@ -12,14 +12,17 @@ from sss_jax.models.image_encoder import normalise_image
 from sss_jax.models.initial import rule
 from sss_jax.models.prompt_encoder import no_prompts
 from sss_jax.models.sss import SSSModel, build_model, init_params
-from sss_jax.options import ModelOptions
+from sss_jax.options import MemoryOptions, ModelOptions, Options
 
-OPTIONS = ModelOptions(preset="nano", image_size=16, num_classes=2, class_token_std=0.5)
+OPTIONS = Options(
+    model=ModelOptions(preset="nano", image_size=16, num_classes=2, class_token_std=0.5),
+    memory=MemoryOptions(kind="none"),
+)
 NANO = build_model(OPTIONS).config
 CONFIG = dataclasses.replace(
     NANO, embed_dim=8, depths=(1, 1, 1, 1), global_blocks=(2, 3), width=32, decoder_mlp=32
 )
-MODEL = SSSModel(CONFIG, OPTIONS.num_classes, OPTIONS.class_token_std)
+MODEL = SSSModel(CONFIG, OPTIONS.model.num_classes, OPTIONS.model.class_token_std)
 
 
 @pytest.fixture(scope="module")
@@ -142,13 +145,17 @@ def test_build_model_follows_the_options():
     options = ModelOptions(
         preset="small", image_size=96, num_classes=4, dtype="bfloat16", remat=True
     )
+    options = Options(model=options)
     model = build_model(options)
     assert model.num_classes == 4
     assert (model.config.name, model.config.image_size) == ("small", 96)
     assert (model.config.dtype, model.config.remat) == ("bfloat16", True)
     assert hash(model.config) == hash(build_model(options).config)
+    assert model.config.memory
+    without = dataclasses.replace(options, memory=MemoryOptions(kind="none"))
+    assert not build_model(without).config.memory
 
 
 def test_build_model_refuses_an_unfit_size():
     with pytest.raises(ConfigError, match="multiple of 32"):
-        build_model(ModelOptions(preset="tiny", image_size=100))
+        build_model(Options(model=ModelOptions(preset="tiny", image_size=100)))

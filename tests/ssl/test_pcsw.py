@@ -311,15 +311,17 @@ def test_volumes_become_prompts_in_input_pixels(make_mask, depth_first):
     prob = np.where(np.moveaxis(mask_BKSHW, 1, -1), 0.31, 0.3).astype(np.float32)
     slice_mask = np.arange(slices)[None] < np.array([[8], [5]])
     got, info = jax.jit(volume_prompts, static_argnums=(2, 3))(prob, slice_mask, stride, options)
-    assert got.points_BKQ2.shape == (batch * slices, classes, 3, 2)
-    assert got.labels_BKQ.shape == (batch * slices, classes, 3)
+    assert got.points_BSKQ2.shape == (batch, slices, classes, 3, 2)
+    assert got.labels_BSKQ.shape == (batch, slices, classes, 3)
     seen = 0
     for b, k in np.ndindex(batch, classes):
         expected = reference(mask_BKSHW[b, k], slice_mask[b].sum(), options, depth_first)
         assert info.slice[b, k] == expected["slice"]
         assert info.valid_BK[b, k] == expected["valid_S"].any()
+        middle = slice_mask[b].sum() // 2
+        assert got.start_BK[b, k] == (expected["slice"] if info.valid_BK[b, k] else middle)
         for s in range(slices):
-            points, labels = got.points_BKQ2[b * slices + s, k], got.labels_BKQ[b * slices + s, k]
+            points, labels = got.points_BSKQ2[b, s, k], got.labels_BSKQ[b, s, k]
             if not expected["valid_S"][s]:
                 np.testing.assert_array_equal(labels, [-1, -1, -1])
                 np.testing.assert_array_equal(points, np.zeros((3, 2)))

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sss_jax.models.prompt_encoder import Prompts, no_prompts
+from sss_jax.models.prompt_encoder import no_prompts
 from sss_jax.ssl import prompts
 
 SIZE = 32
@@ -42,15 +42,24 @@ def test_no_prompts_equal_invalid_ones():
 
 
 def test_select_takes_each_class_from_its_side():
-    one = prompts.to_prompts(*some_prompts(2)[:2], jnp.ones((4, 3), bool))
-    other = no_prompts(4, 3)
+    flat = prompts.to_prompts(*some_prompts(2, (4 * 5, 3))[:2], jnp.ones((4 * 5, 3), bool))
+    start = jnp.arange(12).reshape(4, 3) % 5
+    one = prompts.ClipPrompts(*(prompts.images_to_clips(x, 5) for x in flat), start)
+    other = prompts.no_clip_prompts(jnp.ones((4, 5), bool), 3)
     condition = jnp.asarray(np.random.default_rng(3).random((4, 3)) < 0.5)
     got = prompts.select(condition, one, other)
-    assert isinstance(got, Prompts)
-    for index in np.ndindex(4, 3):
-        source = one if condition[index] else other
-        for got_leaf, leaf in zip(got, source, strict=True):
-            np.testing.assert_array_equal(got_leaf[index], leaf[index])
+    for b, k in np.ndindex(4, 3):
+        source = one if condition[b, k] else other
+        np.testing.assert_array_equal(got.points_BSKQ2[b, :, k], source.points_BSKQ2[b, :, k])
+        np.testing.assert_array_equal(got.labels_BSKQ[b, :, k], source.labels_BSKQ[b, :, k])
+        assert got.start_BK[b, k] == source.start_BK[b, k]
+
+
+def test_without_prompts_a_class_starts_in_the_middle_of_the_true_slices():
+    mask = jnp.arange(6)[None] < jnp.array([6, 3, 1])[:, None]
+    none = prompts.no_clip_prompts(mask, 2)
+    np.testing.assert_array_equal(none.start_BK, [[3, 3], [1, 1], [0, 0]])
+    jax.tree.map(np.testing.assert_array_equal, none.images(), no_prompts(18, 2))
 
 
 def test_clips_and_images():

@@ -10,7 +10,7 @@ import pytest
 
 from sss_jax.errors import ConfigError
 from sss_jax.models.sss import build_model, init_params
-from sss_jax.options import ModelOptions, OptimizerOptions
+from sss_jax.options import ModelOptions, OptimizerOptions, Options
 from sss_jax.train.optimizer import (
     decays,
     ema_update,
@@ -121,7 +121,7 @@ def test_zero_gradients_only_decay_kernels():
 
 
 def test_groups_of_the_real_network():
-    model = build_model(ModelOptions(preset="nano", image_size=64, num_classes=2))
+    model = build_model(Options(model=ModelOptions(preset="nano", image_size=64, num_classes=2)))
     shapes = {"net": jax.eval_shape(lambda: init_params(model, jax.random.key(0)))}
     groups, shrink = flat(parameter_groups(shapes)), flat(decays(shapes))
     for name, shape in flat(shapes).items():

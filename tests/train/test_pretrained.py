@@ -34,7 +34,7 @@ def options(converted, monkeypatch):
 
 
 def test_every_sam2_array_is_the_converted_one(options, converted):
-    model = build_model(options.model)
+    model = build_model(options)
     drawn = jax.jit(lambda k: init_all_params(model, options, k))(root_key(0))
     params = pretrained.with_converted(drawn, options)
     assert jax.tree.structure(params) == jax.tree.structure(drawn)
@@ -48,7 +48,7 @@ def test_every_sam2_array_is_the_converted_one(options, converted):
 
 
 def test_dfe_starts_silent_and_can_learn(options):
-    model = build_model(options.model)
+    model = build_model(options)
     params = jax.jit(lambda k: init_all_params(model, options, k)["dfe"])(root_key(0))
     rng = np.random.default_rng(0)
     weak, strong = (

@@ -1,0 +1,266 @@
+"""What each method is worth on real data: `python -m sss_jax.benchmarks.quality --data NAME=DIR`.
+
+Trains every method with the same network, steps, labelled cases and seeds, segments the held-out
+test cases once with the weights that were best on the validation cases, and adds a row per run to
+one JSON file. Runs that are in the file already are not repeated, and a run that was stopped goes
+on from its last checkpoint, so the table can grow over many sessions. `--table` writes the summary
+over seeds as Markdown.
+"""
+
+import argparse
+import collections
+import dataclasses
+import hashlib
+import itertools
+import json
+import os
+import resource
+import shutil
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from sss_jax import config
+from sss_jax.atomic import write_text
+from sss_jax.benchmarks import result
+from sss_jax.options import Options
+
+# Name of a row: method of the configuration, and what is switched beside it. "+" adds one
+# mechanism to UniMatch V2; sss has all of them.
+METHODS: dict[str, tuple[str, tuple[str, ...]]] = {
+    "floor": ("supervised", ()),
+    "fixmatch": ("fixmatch", ()),
+    "unimatch_v2": ("unimatch_v2", ()),
+    "+ DFE": ("unimatch_v2", ("dfe.enabled=true",)),
+    "+ PCSW": ("unimatch_v2", ("pcsw.enabled=true", "semi.labelled_prompts=mixed")),
+    "+ memory": ("unimatch_v2", ("memory.kind=fifo",)),
+    "sss": ("sss", ()),
+    "sss_sketch": ("sss_sketch", ()),
+    "ceiling": ("supervised", ("train.all_labels=true",)),
+}
+SHOWN = ("dice", "hd95")
+CURVES = (
+    "coverage",
+    "coverage_foreground",
+    "prompts_valid",
+    "loss_unlabelled",
+    "similarity_level_4",
+    "similarity_level_8",
+    "similarity_level_16",
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """One cell of the table for one seed.
+
+    Attributes:
+        data: name of the data set, which is that of its configuration.
+        labelled: labelled subjects; 0: all that the split has.
+        method: key of `METHODS`.
+        seed: seed of parameters, data order and augmentation.
+        extra: overrides that hold for all runs.
+    """
+
+    data: str
+    labelled: int
+    method: str
+    seed: int
+    extra: tuple[str, ...] = ()
+
+    @property
+    def overrides(self) -> tuple[str, ...]:
+        """Settings beside those of the configuration."""
+        own = () if self.method == "ceiling" else (f"train.labelled_subjects={self.labelled}",)
+        return (*METHODS[self.method][1], *own, f"train.seed={self.seed}", *self.extra)
+
+    @property
+    def spec(self) -> str:
+        """Configuration."""
+        return f"{self.data}:{METHODS[self.method][0]}"
+
+    @property
+    def options(self) -> Options:
+        """Every setting of the run."""
+        return config.load(self.spec, self.overrides)
+
+    @property
+    def folder(self) -> str:
+        """Name of the run folder."""
+        text = config.to_json(self.options)
+        return f"{self.data}-{hashlib.sha256(text.encode()).hexdigest()[:12]}"
+
+    def is_done(self, rows: Iterable[dict[str, Any]]) -> bool:
+        """Whether a row has these very settings; options that are newer have their defaults."""
+        return any(config.from_dict(json.loads(row["settings"])) == self.options for row in rows)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run what is missing and write the tables."""
+    args = _arguments(argv)
+    folders = dict(item.split("=", 1) for item in args.data)
+    rows = _read(args.output)
+    for run in plan(folders, args.labelled, args.methods, args.seeds, tuple(args.set)):
+        if run.is_done(rows):
+            continue
+        workdir = args.workdir / run.folder
+        row = measure(run, Path(folders[run.data]), workdir)
+        rows = [*_read(args.output), row]  # another process may have added to it
+        result.write(args.output, "quality", rows)
+        if not args.keep:
+            shutil.rmtree(workdir)
+    if args.table:
+        write_text(args.table, table(rows))
+    print(table(rows))
+    return 0
+
+
+def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--data", nargs="+", required=True, metavar="NAME=DIR")
+    parser.add_argument("--labelled", nargs="+", type=int, default=[0], metavar="SUBJECTS")
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument(
+        "--set", nargs="*", default=[], metavar="SETTING=VALUE", help="for all runs"
+    )
+    parser.add_argument("--workdir", type=Path, required=True, help="folder of the runs")
+    parser.add_argument("--keep", action="store_true", help="keep checkpoints and predictions")
+    parser.add_argument("-o", "--output", type=Path, required=True, help="JSON to add to")
+    parser.add_argument("--table", type=Path, help="Markdown to write")
+    return parser.parse_args(argv)
+
+
+def plan(
+    data: Iterable[str],
+    labelled: Sequence[int],
+    methods: Sequence[str],
+    seeds: Sequence[int],
+    extra: tuple[str, ...] = (),
+) -> list[Run]:
+    """List the runs, seed by seed, so that a table cut short is still one over all methods.
+
+    The ceiling knows all labels, whatever the number of labelled subjects: it runs once.
+    """
+    runs = [
+        Run(d, 0 if m == "ceiling" else n, m, seed, extra)
+        for seed, d, n, m in itertools.product(seeds, data, labelled, methods)
+    ]
+    return list(dict.fromkeys(runs))
+
+
+def measure(run: Run, data: Path, workdir: Path) -> dict[str, Any]:
+    """Train, segment the test cases, score them, and return the row."""
+    began = time.monotonic()
+    settings = [f"--config.{item}" for item in run.overrides]
+    checkpoint, test = str(workdir), str(workdir / "test")
+    _verb("train", "--config", run.spec, "--data", str(data), "--workdir", checkpoint, *settings)
+    trained = time.monotonic()
+    subset = ("-o", test, "--subset", "test")
+    _verb("predict", "--checkpoint", checkpoint, "-i", str(data), *subset)
+    refs = ("--ref", str(data / "labels"), "--classes", str(run.options.model.num_classes))
+    _verb("evaluate", "--pred", test, *refs)
+    summary = json.loads((workdir / "test" / "summary.json").read_text())
+    log = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    return {
+        **dataclasses.asdict(run),
+        "settings": json.dumps(dataclasses.asdict(run.options)),
+        "steps": log[-1]["step"],
+        "test": {name: summary["mean"][name] for name in ("dice", "hd95", "asd", "nsd")},
+        "classes": [c["dice"]["mean"] for c in summary["classes"]],
+        "over_cases": summary["over_cases"]["dice"],
+        "cases": summary["classes"][0]["cases"],
+        "val": [[r["step"], r["dice"]] for r in log if r["kind"] == "val"],
+        "curves": curves(log),
+        "slices_per_s": statistics.median(r["slices_per_s"] for r in log if r["kind"] == "train"),
+        "train_s": round(trained - began, 1),
+        "peak_mib": resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss // 1024,
+        "load": os.getloadavg()[0],
+        "commit": result.commit(),
+    }
+
+
+def curves(log: list[dict[str, Any]], points: int = 20) -> dict[str, list[list[float]]]:
+    """Thin the curves that say why the unlabelled images helped or did not."""
+    found: dict[str, list[list[float]]] = {}
+    for name in CURVES:
+        rows = [(r["step"], r[name]) for r in log if r["kind"] == "train" and name in r]
+        if rows:
+            every = max(1, len(rows) // points)
+            found[name] = [[step, round(value, 4)] for step, value in rows[::every]]
+    for name in ("pseudo_precision", "pseudo_recall"):
+        rows = [(r["step"], r[name]) for r in log if r["kind"] == "val" and name in r]
+        if rows:
+            found[name] = [[step, round(value, 4)] for step, value in rows]
+    return found
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """Summarise over seeds: one line per data set, labelled subjects and method."""
+    lines = [
+        "| data | labelled subjects | method | seeds | test Dice | HD95, mm | recovered gap "
+        "| minutes | slices/s | peak, MiB |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    groups: dict[tuple, list[dict[str, Any]]] = collections.defaultdict(list)
+    for row in rows:
+        groups[row["data"], row["labelled"], row["method"], tuple(row["extra"])].append(row)
+    order = {name: i for i, name in enumerate(METHODS)}
+    for key in sorted(groups, key=lambda k: (k[0], k[3], k[1] or 10**6, order[k[2]])):
+        lines.append(_line(key, groups))
+    return "\n".join(lines) + "\n"
+
+
+def _line(key: tuple, groups: dict[tuple, list[dict[str, Any]]]) -> str:
+    data, labelled, method, extra = key
+    own = groups[key]
+    subjects = "all" if method == "ceiling" else labelled or "all of the split"
+    cells = [
+        data if not extra else f"{data} ({', '.join(extra)})",
+        subjects,
+        method,
+        len(own),
+        _spread([row["test"]["dice"] for row in own], 3),
+        _spread([row["test"]["hd95"] for row in own], 2),
+        recovered(groups, key),
+        f"{statistics.fmean(row['train_s'] for row in own) / 60:.1f}",
+        f"{statistics.fmean(row['slices_per_s'] for row in own):.1f}",
+        max(row["peak_mib"] for row in own),
+    ]
+    return "| " + " | ".join(map(str, cells)) + " |"
+
+
+def _spread(values: list[float | None], digits: int) -> str:
+    known = [value for value in values if value is not None]
+    if not known:
+        return "none"
+    mean = f"{statistics.fmean(known):.{digits}f}"
+    return f"{mean} ± {statistics.stdev(known):.{digits}f}" if len(known) > 1 else mean
+
+
+def recovered(groups: dict[tuple, list[dict[str, Any]]], key: tuple) -> str:
+    """Share of the gap between floor and ceiling, from the means over the seeds there are."""
+    data, labelled, method, extra = key
+    ends = [groups.get((data, labelled, "floor", extra)), groups.get((data, 0, "ceiling", extra))]
+    if method in ("floor", "ceiling") or not all(ends):
+        return ""
+    low, high = (statistics.fmean(row["test"]["dice"] for row in end) for end in ends if end)
+    own = statistics.fmean(row["test"]["dice"] for row in groups[key])
+    return f"{(own - low) / (high - low):+.0%}" if high > low else "no gap"
+
+
+def _read(path: Path) -> list[dict[str, Any]]:
+    return json.loads(path.read_text())["rows"] if path.is_file() else []
+
+
+def _verb(*words: str) -> None:
+    print("$ sss-jax", *words, file=sys.stderr, flush=True)
+    subprocess.run([sys.executable, "-m", "sss_jax.cli", *words], check=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

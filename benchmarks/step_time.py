@@ -1,0 +1,147 @@
+"""One training step, part by part: `python -m sss_jax.benchmarks.step_time --config hippocampus`.
+
+Compiles the step of every variant (the method as it is, then with one mechanism switched off at a
+time) on synthetic clips of the configuration's shapes, and times them alternately, so that a change
+of load hits all. What a mechanism costs is the difference to the step without it.
+"""
+
+import argparse
+import statistics
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from sss_jax import config
+from sss_jax.benchmarks import result
+from sss_jax.models.sss import build_model
+from sss_jax.options import Options
+from sss_jax.train.mesh import make_driver
+from sss_jax.train.optimizer import make_optimizer
+from sss_jax.train.state import init_all_params, state_of
+from sss_jax.train.step import root_key
+
+WITHOUT: dict[str, tuple[str, ...]] = {
+    "DFE": ("dfe.enabled=false",),
+    "PCSW": ("pcsw.enabled=false", "semi.labelled_prompts=none"),
+    "memory": ("memory.kind=none",),
+}
+
+
+class Compiled(NamedTuple):
+    """A step that is ready to run."""
+
+    step: Any
+    state: Any
+    batch: Any
+    key: Any
+    facts: dict[str, Any]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Compile, time and write."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--config", default="hippocampus")
+    parser.add_argument("--methods", nargs="+", default=["sss"])
+    parser.add_argument("--without", nargs="*", choices=WITHOUT, default=list(WITHOUT))
+    parser.add_argument("--set", nargs="*", default=[], metavar="SETTING=VALUE")
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("-o", "--output", type=Path)
+    args = parser.parse_args(argv)
+    variants = {m: config.load(f"{args.config}:{m}", args.set) for m in args.methods}
+    if "sss" in variants:
+        for name in args.without:
+            overrides = [*args.set, *WITHOUT[name]]
+            variants[f"sss without {name}"] = config.load(f"{args.config}:sss", overrides)
+    steps = {name: compile_step(name, options) for name, options in variants.items()}
+    rows = time_all(steps, args.repeats)
+    for row in rows:
+        print(row)
+    if args.output:
+        result.write(args.output, "step_time", rows, config=args.config, settings=args.set)
+    return 0
+
+
+def compile_step(name: str, options: Options) -> Compiled:
+    """Compile the step of one variant and look at what came out."""
+    model = build_model(options)
+    key = root_key(0)
+    params = init_all_params(model, options, key)
+    optimizer = make_optimizer(options.optimizer, options.train.steps, params)
+    driver = make_driver(model, options, optimizer)
+    state = driver.place_state(state_of(params, optimizer))
+    batch, key = driver.place_batch(synthetic_batch(options)), driver.place_key(key)
+    began = time.monotonic()
+    step = driver.step.lower(state, batch, key).compile()
+    seconds = time.monotonic() - began
+    cost, memory = step.cost_analysis() or {}, step.memory_analysis()
+    facts = {
+        "variant": name,
+        "compile_s": round(seconds, 1),
+        "xla_gflop": round(cost.get("flops", 0) / 1e9, 2),
+        "xla_gbytes": round(cost.get("bytes accessed", 0) / 1e9, 2),
+        "temporary_mib": memory.temp_size_in_bytes >> 20,
+    }
+    print(facts, file=sys.stderr, flush=True)
+    return Compiled(step, state, batch, key, facts)
+
+
+def synthetic_batch(options: Options) -> dict[str, dict[str, np.ndarray]]:
+    """Draw clips with a ball of every class in noise."""
+    rng = np.random.default_rng(0)
+    size, slices = options.model.image_size, options.data.clip_slices
+    away = np.linspace(-1, 1, size)
+    batch = {}
+    counts = {"labelled": options.train.labelled_batch}
+    if options.semi.enabled:
+        counts["unlabelled"] = options.train.unlabelled_batch
+    for stream, count in counts.items():
+        label = np.zeros((count, slices, size, size), np.int32)
+        for k in range(options.model.num_classes):
+            y, x = rng.uniform(-0.5, 0.5, (2, count, slices, 1, 1))
+            near = (away[:, None] - y) ** 2 + (away - x) ** 2 < 0.1
+            label[near] = k + 1
+        image = 0.3 * label + rng.random(label.shape)
+        batch[stream] = {
+            "image": (image / image.max())[..., None].astype(np.float32),
+            "slice_mask": np.ones((count, slices), bool),
+            "id": np.arange(count, dtype=np.int32),
+        }
+        if stream == "labelled":
+            batch[stream]["label"] = label
+    return batch
+
+
+def time_all(steps: dict[str, Compiled], repeats: int) -> list[dict[str, Any]]:
+    """Run every step in turn, `repeats` times after a first round that does not count."""
+    states = {name: compiled.state for name, compiled in steps.items()}
+    times: dict[str, list[float]] = {name: [] for name in steps}
+    for turn in range(repeats + 1):
+        for name, c in steps.items():
+            began = time.perf_counter()
+            states[name], metrics = c.step(states[name], c.batch, c.key)
+            jax.block_until_ready((states[name], metrics))
+            if turn:
+                times[name].append(time.perf_counter() - began)
+    whole = statistics.median(times[next(iter(times))])
+    rows = []
+    for name, c in steps.items():
+        taken = result.summary(times[name])
+        slices = sum(part["slice_mask"].size for part in c.batch.values())
+        rows.append(
+            {
+                **c.facts,
+                "step_s": taken,
+                "slices_per_s": round(slices / taken["median"], 2),
+                "difference_to_first": round(1 - taken["median"] / whole, 4),
+            }
+        )
+    return rows
+
+
+if __name__ == "__main__":
+    sys.exit(main())
