@@ -34,6 +34,7 @@ font-size:14px;border-radius:0 4px 4px 0;overflow-wrap:anywhere}
 padding:14px 16px 10px;break-inside:avoid}
 .chart figcaption{font-weight:600;font-size:14px}
 .chart{display:flex;flex-direction:column}
+.chart p{color:var(--soft);font-size:13px;margin:2px 0 4px}
 .chart svg{display:block;width:100%;height:auto;margin-top:auto}
 .legend{list-style:none;display:flex;flex-wrap:wrap;gap:1px 16px;margin:3px 0 6px;padding:0;
 font-size:12.5px;color:var(--soft)}

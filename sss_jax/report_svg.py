@@ -85,6 +85,7 @@ def line_chart(
     *,
     from_zero: bool = False,
     x_name: str = "step",
+    about: str = "",
 ) -> str:
     """Return a figure with a legend and one line for each series.
 
@@ -95,6 +96,7 @@ def line_chart(
         bounds: ends of the vertical axis; by default round numbers around the data.
         from_zero: start the vertical axis at 0 unless there are values below.
         x_name: what the horizontal axis shows.
+        about: a sentence below the title that says how to read the figure.
     """
     lines = [Series(s.name, thin(s.points), s.color) for s in series]
     finite = [(x, y) for s in lines for x, y in s.points if math.isfinite(y)]
@@ -106,8 +108,9 @@ def line_chart(
     frame = _Frame(ticks_x, ticks_y)
     drawn = [s for s in lines if any(math.isfinite(y) for _, y in s.points)]
     body = frame.axes(x_name, unit) + "".join(_line(frame, s) for s in drawn)
+    reading = f"<p>{escape(about)}</p>" if about else ""
     return (
-        f'<figure class="chart"><figcaption>{escape(title)}</figcaption>{_legend(drawn)}'
+        f'<figure class="chart"><figcaption>{escape(title)}</figcaption>{reading}{_legend(drawn)}'
         f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(title)}">{body}</svg>'
         "</figure>"
     )

@@ -69,11 +69,15 @@ def write_log(path, steps=40):
         rows.append(
             {"kind": "train", "step": step, "loss": 2 / step, "loss_labelled": 1 / step}
             | {"coverage": step / steps, "rate": 1e-3, "slices_per_s": 40.0, "data_wait": 0.01}
-            | {"similarity_4": 0.5, "similarity_8": 0.6, "grad_norm": "Infinity"}
+            | {"other_1": 0.5, "other_2": 0.6}
+            | {"coverage_foreground": 0.111, "prompts_valid": 0.222, "loss_unlabelled": 0.5}
+            | {"similarity_level_4": 0.333, "similarity_level_8": 0.444, "grad_norm": "Infinity"}
         )
         if step % 10 == 0:
             dice = step / (2 * steps)
-            rows.append({"kind": "val", "step": step, "dice": dice, "dice_1": dice})
+            found = {"pseudo_precision": 0.555, "pseudo_recall": 0.666, "prompts_found": 0.777}
+            row = {"kind": "val", "step": step, "dice": dice, "dice_1": dice, **found}
+            rows.append(row | ({"prompt_iou": 0.888} if step > 10 else {}))
     path.write_text("".join(json.dumps(r) + "\n" for r in rows))
 
 
@@ -151,6 +155,60 @@ def test_cases_come_worst_first_with_their_figures(run):
         assert f"{number}. {case} mean Dice {mean[case]:.3f}" in page.visible
     assert "vessel 0.000 (missed)" in page.visible
     assert "no disagreement in any slice" in page.visible  # the case that is right everywhere
+
+
+INSIGHTS = {
+    "Pseudo-labels in use": ("confident 1.00", "confident foreground 0.111"),
+    "Pseudo-labels against the truth": ("right (precision) 0.555", "found (recall) 0.666"),
+    "PCSW prompts": (
+        "classes with a prompt (unlabelled clips) 0.222",
+        "true objects with a prompt (validation) 0.777",
+        "IoU of box and true object (validation) 0.888",
+    ),
+    "DFE similarity": ("finest level 0.333", "middle level 0.444"),
+}
+
+
+def figures(text):
+    """Each chart's words by its title."""
+    found = {}
+    for figure in re.findall(r'<figure class="chart">.*?</figure>', text, re.DOTALL):
+        page = Page(figure)
+        title = re.search("<figcaption>(.*?)</figcaption>", figure).group(1)
+        assert title not in found
+        found[title] = figure, page.visible
+    return found
+
+
+def test_pseudo_labels_have_charts_that_say_how_to_read_them(run):
+    charts = figures(read(run)[0])
+    for title, entries in INSIGHTS.items():
+        figure, visible = charts[title]
+        for entry in entries:
+            assert entry in visible, (title, entry)
+        assert figure.count('class="series"') == len(entries)
+        (about,) = re.findall("<p>(.*?)</p>", figure)
+        assert about.endswith(".")
+        assert about.count(". ") == 0, "one sentence"
+    drawn = "".join(text for _, text in charts.values())
+    raw = re.search("coverage_|prompts?_|pseudo_|similarity_", drawn)
+    assert raw is None, "every quantity is drawn once, in words"
+
+
+def test_what_has_no_chart_of_its_own_is_drawn_by_its_name(run):
+    figure, visible = figures(read(run)[0])["other"]
+    assert "other_1 0.500 other_2 0.600" in visible
+    assert "<p>" not in figure
+
+
+def test_a_run_without_unlabelled_data_has_no_such_charts(run):
+    names = "coverage|pseudo_|prompt|similarity_"
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    kept = [{k: v for k, v in row.items() if not re.match(names, k)} for row in rows]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in kept))
+    charts = figures(read(run)[0])
+    assert {"Losses", "Validation Dice"} <= set(charts)
+    assert not set(INSIGHTS) & set(charts)
 
 
 def test_same_run_gives_the_same_page(run, tmp_path):

@@ -5,9 +5,9 @@ Conventions, stated once:
 - The surface is the set of object voxels with a face neighbour outside the object or the volume.
 - Distances run between voxel centres, exactly, in the unit of the spacing.
 - Both directed sets are pooled: HD95 is their 95th percentile (linear between ranks), as medpy's
-  `hd95` is; ASD is their mean. medpy's `assd` is instead the mean of the two directed means, and
-  its `asd` is one directed mean (prediction to reference); they differ from this ASD where the two
-  surfaces differ in size.
+  `hd95` is; ASD is their mean, as `assd` of medpy 0.5.2 is. `assd` of medpy 0.4.0 is instead the
+  mean of the two directed means, and medpy's `asd` one directed mean (prediction to reference);
+  they differ from this ASD where the two surfaces differ in size.
 - NSD (Nikolov et al. 2018) is the share of the pooled surface voxels within the tolerance. The
   original weighs surface elements by area; here each surface voxel counts once.
 - Both volumes empty: NaN, to be left out of a mean and counted apart. One empty: HD95 and ASD are

@@ -11,9 +11,10 @@ from sss_jax.data.examples import restore_confident
 from sss_jax.data.load import load_example
 from sss_jax.data.nifti import read_labels
 from sss_jax.errors import DataError
+from sss_jax.metrics.boxes import mean_box_scores, score_boxes
 from sss_jax.metrics.overlap import Counts, class_counts, dice
 from sss_jax.options import Options
-from sss_jax.ssl.volume import VolumeFunction, predict_probability
+from sss_jax.ssl.volume import VolumeFunction, predict_volume
 
 
 def validate(
@@ -29,14 +30,17 @@ def validate(
     with unlabelled cases adds how good the pseudo-labels of this network would be, on cases whose
     truth is known: of the voxels that it calls foreground with confidence `semi.confidence`, the
     share that is right (`pseudo_precision`); of the true foreground, the share that it finds so
-    (`pseudo_recall`). None if `should_stop` said so on the way.
+    (`pseudo_recall`). With PCSW come the classes that are in a volume and got a prompt
+    (`prompts_found`, a share) and how well its box fits (`prompt_iou`), by the conventions of
+    `sss_jax.metrics.boxes`. None if `should_stop` said so on the way.
     """
-    scores, sure = [], []
+    scores, sure, boxes = [], [], []
     for case in cases:
         if should_stop():
             return None
         example = load_example(case, options.model, options.data)
-        probability = predict_probability(function, params, example, options)
+        output = predict_volume(function, params, example, options)
+        probability, box_SK4, prompted_SK = map(np.asarray, output)
         reference = read_reference(case, options)
         predicted, confident = restore_confident(
             probability, example.placement, options.semi.confidence
@@ -44,7 +48,10 @@ def validate(
         scores.append(dice(_counts(predicted, reference, options)))
         if options.semi.enabled:
             sure.append(_counts(confident, reference, options))
-    return _mean_dice(np.array(scores)) | _pseudo_quality(sure)
+        if options.pcsw.enabled:
+            assert example.label_SHW is not None
+            boxes.append(score_boxes(box_SK4, prompted_SK, example.label_SHW))
+    return _mean_dice(np.array(scores)) | _pseudo_quality(sure) | mean_box_scores(boxes)
 
 
 def read_reference(case: Case, options: Options) -> np.ndarray:

@@ -16,6 +16,7 @@ from sss_jax.data.load import ScanCache, load_example, load_scan
 from sss_jax.data.pipeline import Loader, draw_slices
 from sss_jax.errors import ConfigError, DataError
 from sss_jax.options import DataOptions, ModelOptions, TrainOptions
+from tests.poison import garbage_labels, nan_image, truncated_labels
 
 MODEL = ModelOptions(image_size=32, num_classes=2)
 DATA = DataOptions(clip_slices=4, max_stride=2, threads=2)
@@ -186,6 +187,36 @@ def test_labels_of_unlabelled_cases_are_never_opened(root, split):
     fresh = load_split(root, "split.json")
     assert fresh.digest == split.digest
     assert_equal_batches(Loader(fresh, MODEL, DATA, TRAIN).iterate(), want)
+
+
+def batches_with(root, spoil, names):
+    """All batches of a run, after the files of some cases were spoiled."""
+    for seed, name in enumerate(names):
+        spoil(root, name, MODEL.num_classes, seed)
+    return list(Loader(load_split(root, "split.json"), MODEL, DATA, TRAIN).iterate())
+
+
+@pytest.mark.parametrize("spoil", [garbage_labels, truncated_labels])
+def test_withheld_labels_and_test_cases_reach_no_batch(folder, spoil):
+    split = {part: SPLIT[part] for part in ("labelled", "unlabelled")} | {"test": ["s8"]}
+    root = folder(NAMES, split=split)
+    want = batches_with(root, spoil, [])
+    nan_image(root, "s8_x")
+    hidden = [f"{subject}_x" for subject in (*SPLIT["unlabelled"], "s8")]
+    assert_equal_batches(batches_with(root, spoil, hidden), want)
+
+
+def test_garbage_in_a_label_that_is_used_reaches_the_batches(root):
+    """The control of the test above."""
+    want = batches_with(root, garbage_labels, [])
+    got = batches_with(root, garbage_labels, ["s1_x"])
+    changed = [
+        not np.array_equal(mine["labelled"]["label"], other["labelled"]["label"])
+        for mine, other in zip(got, want, strict=True)
+    ]
+    assert any(changed)
+    with pytest.raises(DataError, match="s1_x"):
+        batches_with(root, truncated_labels, ["s1_x"])
 
 
 @pytest.mark.parametrize("threads", [0, 2])

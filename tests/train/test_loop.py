@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,6 +14,7 @@ import pytest
 
 from sss_jax.data.synthetic import SplitSizes, write_phantoms
 from sss_jax.train.checkpoint import Checkpointer
+from tests.poison import garbage_labels, nan_image, truncated_labels
 
 CONFIG = """
 from sss_jax.configs import common
@@ -29,6 +31,7 @@ def get_config(arg="supervised"):
     config.eval.slice_bucket = 24
     return config
 """
+CLASSES = 3
 TIMES = ("slices_per_s", "data_wait")
 
 
@@ -194,32 +197,73 @@ def test_a_non_finite_loss_stops_with_step_and_cases(lab):
             assert all(np.isfinite(value).all() for value in saved.values())
 
 
-def test_labels_of_unlabelled_cases_are_never_opened(lab, whole):
-    """The phantoms have none; here the files are there, and poisoned."""
-    import shutil
-
-    data = lab / "poisoned"
+def poisoned(lab, name, labelled=False):
+    """A copy of the data whose unlabelled labels and test cases, or whose labels, are poison."""
+    data = lab / name
     shutil.copytree(lab / "data", data)
-    split = json.loads((data / "split.json").read_text())
-    for name in [*split["cases"]["unlabelled"], *split["cases"]["test"]]:
-        (data / "labels" / f"{name}.nii.gz").write_bytes(b"poison")
+    cases = json.loads((data / "split.json").read_text())["cases"]
+    if labelled:
+        for case in cases["labelled"]:
+            garbage_labels(data, case, CLASSES)
+        return data
+    for number, case in enumerate(cases["unlabelled"]):
+        (truncated_labels if number % 2 else garbage_labels)(data, case, CLASSES)
+    for case in cases["test"]:
+        nan_image(data, case)
+        garbage_labels(data, case, CLASSES)
+    return data
+
+
+def test_nothing_is_learned_from_test_cases_or_withheld_labels(lab, whole):
+    """The phantoms withhold labels by having none; here the files are there, and poisoned."""
     workdir = lab / "poisoned_run"
-    done = run(lab, workdir, data=data)
+    done = run(lab, workdir, data=poisoned(lab, "poisoned"))
     assert done.returncode == 0, done.stderr
-    assert rows(workdir) == rows(whole[0])
+    assert_same_run(workdir, whole[0])
+
+
+@pytest.fixture(scope="module")
+def whole_sss(lab):
+    """An uninterrupted run with unlabelled images."""
+    done = run(lab, lab / "sss_whole", method="sss")
+    assert done.returncode == 0, done.stderr
+    return lab / "sss_whole"
 
 
 @pytest.mark.slow
-def test_sss_killed_at_random_steps_ends_with_the_same_bits(lab):
+def test_sss_learns_from_nothing_but_the_unlabelled_images(lab, whole_sss):
+    workdir = lab / "sss_poisoned"
+    done = run(lab, workdir, method="sss", data=poisoned(lab, "sss_data"))
+    assert done.returncode == 0, done.stderr
+    assert_same_run(workdir, whole_sss)
+
+
+@pytest.mark.slow
+def test_poison_would_be_noticed(lab, whole):
+    """The control: the same poison in the labels of the labelled case changes the run."""
+    workdir = lab / "control"
+    done = run(lab, workdir, data=poisoned(lab, "control_data", labelled=True))
+    assert done.returncode == 0, done.stderr
+    mine, clean = (
+        [row["loss"] for row in rows(folder) if row["kind"] == "train"]
+        for folder in (workdir, whole[0])
+    )
+    assert len(mine) == len(clean)
+    assert all(one != other for one, other in zip(mine, clean, strict=True))
+    one, other = flat(params(workdir)), flat(params(whole[0]))
+    assert any(not np.array_equal(one[name], other[name]) for name in one)
+
+
+@pytest.mark.slow
+def test_sss_killed_at_random_steps_ends_with_the_same_bits(lab, whole_sss):
     rng = np.random.default_rng(7)
-    assert run(lab, lab / "sss_whole", method="sss").returncode == 0
     workdir = lab / "sss_killed"
     for step in sorted(rng.integers(1, 8, 3)):
         process = start_and_wait(lab, workdir, step, method="sss")
         process.kill()
         process.communicate()
     assert run(lab, workdir, method="sss").returncode == 0
-    assert_same_run(workdir, lab / "sss_whole")
+    assert_same_run(workdir, whole_sss)
 
 
 def test_missing_data_and_bad_settings_exit_before_training(lab, tmp_path):
