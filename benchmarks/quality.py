@@ -42,7 +42,6 @@ METHODS: dict[str, tuple[str, tuple[str, ...]]] = {
     "sss_sketch": ("sss_sketch", ()),
     "ceiling": ("supervised", ("train.all_labels=true",)),
 }
-SHOWN = ("dice", "hd95")
 CURVES = (
     "coverage",
     "coverage_foreground",
@@ -155,7 +154,7 @@ def plan(
 
 def measure(run: Run, data: Path, workdir: Path) -> dict[str, Any]:
     """Train, segment the test cases, score them, and return the row."""
-    began = time.monotonic()
+    began, resumed = time.monotonic(), workdir.exists()
     settings = [f"--config.{item}" for item in run.overrides]
     checkpoint, test = str(workdir), str(workdir / "test")
     _verb("train", "--config", run.spec, "--data", str(data), "--workdir", checkpoint, *settings)
@@ -170,14 +169,14 @@ def measure(run: Run, data: Path, workdir: Path) -> dict[str, Any]:
         **dataclasses.asdict(run),
         "settings": json.dumps(dataclasses.asdict(run.options)),
         "steps": log[-1]["step"],
-        "test": {name: summary["mean"][name] for name in ("dice", "hd95", "asd", "nsd")},
+        "test": summary["mean"],
         "classes": [c["dice"]["mean"] for c in summary["classes"]],
         "over_cases": summary["over_cases"]["dice"],
         "cases": summary["classes"][0]["cases"],
         "val": [[r["step"], r["dice"]] for r in log if r["kind"] == "val"],
         "curves": curves(log),
         "slices_per_s": statistics.median(r["slices_per_s"] for r in log if r["kind"] == "train"),
-        "train_s": round(trained - began, 1),
+        "train_s": None if resumed else round(trained - began, 1),
         "peak_mib": resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss // 1024,
         "load": os.getloadavg()[0],
         "commit": result.commit(),
@@ -192,7 +191,7 @@ def curves(log: list[dict[str, Any]], points: int = 20) -> dict[str, list[list[f
         if rows:
             every = max(1, len(rows) // points)
             found[name] = [[step, round(value, 4)] for step, value in rows[::every]]
-    for name in ("pseudo_precision", "pseudo_recall"):
+    for name in ("pseudo_precision", "pseudo_recall", "prompts_found", "prompt_iou"):
         rows = [(r["step"], r[name]) for r in log if r["kind"] == "val" and name in r]
         if rows:
             found[name] = [[step, round(value, 4)] for step, value in rows]
@@ -225,9 +224,9 @@ def _line(key: tuple, groups: dict[tuple, list[dict[str, Any]]]) -> str:
         method,
         len(own),
         _spread([row["test"]["dice"] for row in own], 3),
-        _spread([row["test"]["hd95"] for row in own], 2),
+        _spread([row["test"].get("hd95_mm") for row in own], 2),
         recovered(groups, key),
-        f"{statistics.fmean(row['train_s'] for row in own) / 60:.1f}",
+        _minutes([row["train_s"] for row in own]),
         f"{statistics.fmean(row['slices_per_s'] for row in own):.1f}",
         max(row["peak_mib"] for row in own),
     ]
@@ -240,6 +239,12 @@ def _spread(values: list[float | None], digits: int) -> str:
         return "none"
     mean = f"{statistics.fmean(known):.{digits}f}"
     return f"{mean} ± {statistics.stdev(known):.{digits}f}" if len(known) > 1 else mean
+
+
+def _minutes(seconds: list[float | None]) -> str:
+    """Mean of the runs that went through without a stop."""
+    whole = [value for value in seconds if value is not None]
+    return f"{statistics.fmean(whole) / 60:.1f}" if whole else "stopped"
 
 
 def recovered(groups: dict[tuple, list[dict[str, Any]]], key: tuple) -> str:

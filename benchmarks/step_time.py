@@ -2,7 +2,9 @@
 
 Compiles the step of every variant (the method as it is, then with one mechanism switched off at a
 time) on synthetic clips of the configuration's shapes, and times them alternately, so that a change
-of load hits all. What a mechanism costs is the difference to the step without it.
+of load hits all. What a mechanism costs is the difference to the step without it. `--count` only
+counts floating-point operations, which needs neither time nor memory for the largest network (the
+body of a loop counts once: set memory.kind=none).
 """
 
 import argparse
@@ -20,13 +22,16 @@ from sss_jax import config
 from sss_jax.benchmarks import result
 from sss_jax.models.sss import build_model
 from sss_jax.options import Options
+from sss_jax.ssl.self_sorting import empty_bank
 from sss_jax.train.mesh import make_driver
 from sss_jax.train.optimizer import make_optimizer
 from sss_jax.train.state import init_all_params, state_of
-from sss_jax.train.step import root_key
+from sss_jax.train.step import make_train_step, root_key
 
 WITHOUT: dict[str, tuple[str, ...]] = {
     "DFE": ("dfe.enabled=false",),
+    "DFE at level 4": ("dfe.level_4=false",),
+    "DFE at levels 4 and 8": ("dfe.level_4=false", "dfe.level_8=false"),
     "PCSW": ("pcsw.enabled=false", "semi.labelled_prompts=none"),
     "memory": ("memory.kind=none",),
 }
@@ -47,9 +52,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--config", default="hippocampus")
     parser.add_argument("--methods", nargs="+", default=["sss"])
-    parser.add_argument("--without", nargs="*", choices=WITHOUT, default=list(WITHOUT))
+    parser.add_argument("--without", nargs="*", choices=WITHOUT, default=["DFE", "PCSW", "memory"])
     parser.add_argument("--set", nargs="*", default=[], metavar="SETTING=VALUE")
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--count", action="store_true", help="count operations, run nothing")
     parser.add_argument("-o", "--output", type=Path)
     args = parser.parse_args(argv)
     variants = {m: config.load(f"{args.config}:{m}", args.set) for m in args.methods}
@@ -57,13 +63,42 @@ def main(argv: Sequence[str] | None = None) -> int:
         for name in args.without:
             overrides = [*args.set, *WITHOUT[name]]
             variants[f"sss without {name}"] = config.load(f"{args.config}:sss", overrides)
-    steps = {name: compile_step(name, options) for name, options in variants.items()}
-    rows = time_all(steps, args.repeats)
+    if args.count:
+        rows = count_all(variants)
+    else:
+        steps = {name: compile_step(name, options) for name, options in variants.items()}
+        rows = time_all(steps, args.repeats)
     for row in rows:
         print(row)
     if args.output:
         result.write(args.output, "step_time", rows, config=args.config, settings=args.set)
     return 0
+
+
+def count_all(variants: dict[str, Options]) -> list[dict[str, Any]]:
+    """Count the operations of every step, as it is before XLA optimises it."""
+    counts = {name: count(options) for name, options in variants.items()}
+    whole = next(iter(counts.values()))
+    return [
+        {
+            "variant": name,
+            "gflop": round(n / 1e9, 1),
+            "difference_to_first": round(1 - n / whole, 4),
+        }
+        for name, n in counts.items()
+    ]
+
+
+def count(options: Options) -> float:
+    """Count the floating-point operations of one step on shapes alone."""
+    model = build_model(options)
+    params = jax.eval_shape(lambda key: init_all_params(model, options, key), root_key(0))
+    optimizer = make_optimizer(options.optimizer, options.train.steps, params)
+    memory = empty_bank(model, options.memory)
+    state = jax.eval_shape(lambda p: state_of(p, optimizer, memory), params)
+    step = jax.jit(make_train_step(model, options, optimizer))
+    cost = step.lower(state, synthetic_batch(options), root_key(0)).cost_analysis() or {}
+    return cost.get("flops", 0.0)
 
 
 def compile_step(name: str, options: Options) -> Compiled:
@@ -73,7 +108,8 @@ def compile_step(name: str, options: Options) -> Compiled:
     params = init_all_params(model, options, key)
     optimizer = make_optimizer(options.optimizer, options.train.steps, params)
     driver = make_driver(model, options, optimizer)
-    state = driver.place_state(state_of(params, optimizer))
+    memory = empty_bank(model, options.memory)
+    state = driver.place_state(state_of(params, optimizer, memory))
     batch, key = driver.place_batch(synthetic_batch(options)), driver.place_key(key)
     began = time.monotonic()
     step = driver.step.lower(state, batch, key).compile()

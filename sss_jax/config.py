@@ -234,8 +234,13 @@ def _contradictions(options: Options) -> list[tuple[bool, str]]:
             "semi.dropout needs semi.views=2: the two masks complement each other",
         ),
         (
-            options.dfe.enabled and options.dfe.enhance_weak,
-            "dfe.enhance_weak=true is not available in training yet",
+            options.dfe.enhance_weak and options.dfe.pair == "strong_strong",
+            "dfe.enhance_weak=true needs dfe.pair=weak_strong: else no weak view is compared",
+        ),
+        (
+            options.memory.samples > options.memory.capacity,
+            f"memory.samples={options.memory.samples} must not exceed memory.capacity="
+            f"{options.memory.capacity}",
         ),
         (
             options.semi.labelled_prompts == "pcsw" and not options.pcsw.enabled,

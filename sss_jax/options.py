@@ -125,13 +125,16 @@ class MemoryOptions:
 
     kind: str = option(
         "fifo",
-        "none: every slice by itself; fifo: from the prompt slice outwards, SAM-2's memory",
-        choices=("none", "fifo"),
+        "none: every slice by itself; fifo: from the prompt slice outwards, SAM-2's memory; "
+        "self_sorting: images without order remember other images, Medical SAM 2's bank",
+        choices=("none", "fifo", "self_sorting"),
     )
     truncate: int = option(
         0, "slices through which gradients of memories flow; 0: all of the clip", low=0
     )
     remat: bool = option(True, "recompute a slice's decoder in the backward pass")
+    capacity: int = option(16, "entries of the self-sorting bank, per class", low=2, high=1024)
+    samples: int = option(7, "entries of that bank that an image looks at", low=1, high=1024)
 
 
 @dataclasses.dataclass(frozen=True)

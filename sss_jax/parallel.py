@@ -16,7 +16,7 @@ import jax.numpy as jnp
 
 from sss_jax.axes import Array, Int, PyTree
 
-__all__ = ["axis_index", "axis_size", "pmean", "psum", "reverse_batch", "rows"]
+__all__ = ["axis_index", "axis_size", "gather", "pmean", "psum", "reverse_batch", "rows"]
 
 
 def psum(tree: PyTree, axis: str | None) -> PyTree:
@@ -27,6 +27,11 @@ def psum(tree: PyTree, axis: str | None) -> PyTree:
 def pmean(tree: PyTree, axis: str | None) -> PyTree:
     """Average every leaf over the device axis."""
     return tree if axis is None else jax.lax.pmean(tree, axis)
+
+
+def gather(tree: PyTree, axis: str | None) -> PyTree:
+    """Join every leaf's rows of all devices to the global batch."""
+    return tree if axis is None else jax.lax.all_gather(tree, axis, tiled=True)
 
 
 def axis_size(axis: str | None) -> int:

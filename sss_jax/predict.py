@@ -62,7 +62,9 @@ def load_predictor(workdir: Path, which: str = "best") -> Predictor:
     entry = "ema" if options.eval.weights == "ema" else "params"
     with Checkpointer(workdir / "checkpoints") as checkpointer:
         params, meta = checkpointer.load_params(which, entry)
-    net = params["net"] if entry == "params" else params
+        net = params["net"] if entry == "params" else params
+        if options.memory.kind == "self_sorting":
+            net = {"net": net, "bank": checkpointer.load_params(which, "bank")[0]}
     origin = {
         "workdir": str(workdir.resolve()),
         "step": meta["step"],

@@ -12,6 +12,10 @@ import pytest
 from sss_jax import config
 from sss_jax.errors import CheckpointError, DataError
 from sss_jax.predict import Predictor, load_predictor, predict_files, run_predict
+from sss_jax.ssl import volume
+from sss_jax.ssl.network import Network
+from sss_jax.ssl.pcsw import volume_prompts
+from sss_jax.ssl.prompts import tight_box
 from sss_jax.ssl.volume import make_volume_function, pad_slices
 from sss_jax.train.checkpoint import Checkpointer
 from sss_jax.train.state import init_all_params
@@ -51,16 +55,59 @@ def test_features_kept_or_computed_twice(trained, predictor):
     image = rng.random((32, 32, 32, 1), np.float32)
     mask = np.arange(32) < 27
     again = dataclasses.replace(options, eval=dataclasses.replace(options.eval, keep_bytes=0))
-    kept = predictor.function(net, image, mask)
-    np.testing.assert_allclose(
-        make_volume_function(model, again)(net, image, mask), kept, atol=1e-5
-    )
+    kept, *prompts = predictor.function(net, image, mask)
+    computed, *same_prompts = make_volume_function(model, again)(net, image, mask)
+    np.testing.assert_allclose(computed, kept, atol=1e-5)
+    for one, other in zip(prompts, same_prompts, strict=True):
+        np.testing.assert_array_equal(one, other)
     assert kept.shape == (32, 32, 32, options.model.num_classes + 1)
     np.testing.assert_allclose(np.asarray(kept).sum(-1), 1, atol=1e-5)
     # What lies in the padding slices reaches no real slice.
     image[27:] = 1
-    changed = predictor.function(net, image, mask)
+    changed = predictor.function(net, image, mask).probability_SHWK1
     np.testing.assert_allclose(changed[:27], kept[:27], atol=1e-5)
+
+
+def test_prompts_of_a_volume_are_those_of_its_coarse_masks(trained):
+    model, options, net = trained
+    image = np.random.default_rng(1).random((16, 32, 32, 1), np.float32)
+    mask = np.arange(16) < 11
+    network = Network(model, net)
+    coarse = jax.jit(lambda x: network.coarse_foreground(network.encode(x)))(image)
+    # An untrained network is sure of nothing; this threshold leaves the upper part of its masks.
+    pcsw = dataclasses.replace(options.pcsw, threshold=float(np.quantile(coarse, 0.7)))
+    memory = dataclasses.replace(options.memory, kind="none")
+    options = dataclasses.replace(options, pcsw=pcsw, memory=memory)
+    _, found = volume_prompts(coarse[None], mask[None], 32 // coarse.shape[2], pcsw)
+    got = make_volume_function(model, options)(net, image, mask)
+    np.testing.assert_array_equal(got.prompted_SK, found.valid_S[0].T)
+    assert got.prompted_SK.sum() == options.model.num_classes
+    stride = 32 // coarse.shape[2]
+    corners = np.swapaxes(np.asarray(found.box_S4[0]), 0, 1) * stride
+    corners += np.array([0, 0, stride - 1, stride - 1], np.float32)
+    prompted = np.asarray(got.prompted_SK)
+    np.testing.assert_array_equal(np.asarray(got.box_SK4)[prompted], corners[prompted])
+    assert not np.asarray(got.box_SK4)[~prompted].any()
+
+
+def test_flipped_views_are_averaged_and_prompts_are_those_of_the_upright_one(trained, monkeypatch):
+    """With a network that marks the brightest pixel and puts its box there."""
+    model, options, _ = trained
+
+    def mark(model, params, image, mask, options):
+        brightest = image[..., 0] == image.max()
+        box, _ = tight_box(brightest[:, None])
+        return volume.VolumeOutput(brightest[..., None], box, brightest.any(axis=(1, 2))[:, None])
+
+    monkeypatch.setattr(volume, "_segment_volume", mark)
+    image = np.random.default_rng(2).random((4, 32, 32, 1), np.float32)
+    average = dataclasses.replace(options.eval, flip_average=True)
+    options = dataclasses.replace(options, eval=average)
+    got = make_volume_function(model, options)({}, image, np.ones(4, bool))
+    np.testing.assert_array_equal(got.probability_SHWK1, image == image.max())
+    s, y, x, _ = np.argwhere(image == image.max())[0]
+    np.testing.assert_array_equal(got.box_SK4[s, 0], [x, y, x, y])
+    assert np.flatnonzero(got.prompted_SK).tolist() == [s]
 
 
 def test_volumes_share_few_shapes(trained):

@@ -286,6 +286,37 @@ class Sam2(nn.Module):
         keys = self._memory_keys(bank, seen, (coarse_BHWD.shape[1], coarse_BHWD.shape[2]))
         return self.memory_attention(coarse_BHWD, keys)
 
+    def recall(
+        self,
+        coarse_BHWD: Float[Array, "B h w D"],
+        memory_BKLPM: Float[Array, "B K L P M"],
+        valid_BKL: Bool[Array, "B K L"],
+    ) -> Float[Array, "B K h w D"]:
+        """Condition coarse maps on memories of other images, which have no order.
+
+        Each counts as a memory of a prompted slice, whatever its distance. An object without any
+        valid memory sees none, as on a first slice.
+        """
+        c = self.config
+        b, k, slots, positions, m = memory_BKLPM.shape
+        height, width = coarse_BHWD.shape[1:3]
+        place = jnp.asarray(position.sine_position(height, width, m))
+        where = (place + self.maskmem_tpos_enc[-1, 0]).astype(c.compute_dtype)
+        flat = (b, k, slots * positions, m)
+        any_BK = valid_BKL.any(axis=-1)
+        # Without any memory the weights must still exist; what they give is thrown away.
+        used = jnp.repeat(valid_BKL | ~any_BK[..., None], positions, axis=2)
+        memory = memory_BKLPM.astype(c.compute_dtype)
+        keys = MemoryKeys(
+            memory.reshape(flat),
+            (memory + where[None, None, None]).reshape(flat),
+            used,
+            slots * positions,
+        )
+        none = (coarse_BHWD + self.no_mem_embed[None].astype(coarse_BHWD.dtype))[:, None]
+        seen = self.memory_attention(coarse_BHWD, keys)
+        return jnp.where(any_BK[..., None, None, None], seen, none)
+
     def _memory_keys(self, bank: MemoryBank, seen: Reach, grid: tuple[int, int]) -> MemoryKeys:
         c = self.config
         memory, dtype = bank.memory_BKLPM, c.compute_dtype

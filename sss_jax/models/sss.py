@@ -37,17 +37,17 @@ class SegmentOutput(NamedTuple):
 
 
 class SliceOutput(NamedTuple):
-    """Segmentation of N objects, each on a slice of its own.
+    """Segmentation of K objects on each of N slices.
 
     Attributes:
-        logits_NHW: mask logits at four times the coarse grid.
-        iou_N: estimated intersection over union.
-        object_score_N: logit that the class is present.
+        logits_NKHW: mask logits at four times the coarse grid.
+        iou_NK: estimated intersection over union.
+        object_score_NK: logit that the class is present.
     """
 
-    logits_NHW: Float[Array, "N H W"]
-    iou_N: Float[Array, " N"]
-    object_score_N: Float[Array, " N"]
+    logits_NKHW: Float[Array, "N K H W"]
+    iou_NK: Float[Array, "N K"]
+    object_score_NK: Float[Array, "N K"]
 
 
 def as_classes(
@@ -91,7 +91,7 @@ class SSSModel(nn.Module):
         return self.coarse_head(features[0])
 
     def segment(
-        self, features: Features, prompts: Prompts, masks: MaskPrompts | None = None
+        self, features: Features | Skips, prompts: Prompts, masks: MaskPrompts | None = None
     ) -> SegmentOutput:
         """Decode all classes, each with its prompt and its class token, without memory.
 
@@ -126,28 +126,38 @@ class SSSModel(nn.Module):
         """Condition the coarse maps of N objects, each on a slice of its own, on their memory."""
         return self.sam2.condition(coarse_NHWD, bank, index_N1, num_slices_N1, backwards_N1)
 
+    def with_images(
+        self,
+        coarse_NHWD: Float[Array, "N H W D"],
+        memory_NKLPM: Float[Array, "N K L P M"],
+        valid_NKL: Bool[Array, "N K L"],
+    ) -> Float[Array, "N K H W D"]:
+        """Condition the coarse maps of N images on memories of other images, class by class."""
+        return self.sam2.recall(coarse_NHWD, memory_NKLPM, valid_NKL)
+
     def segment_and_remember(
         self,
         skips: Skips,
-        seen_N1HWD: Float[Array, "N 1 H W D"],
+        seen_NKHWD: Float[Array, "N K H W D"],
         prompts: Prompts,
         masks: MaskPrompts | None,
-        class_N: Int[Array, " N"],
+        class_NK: Int[Array, "N K"],
     ) -> tuple[SliceOutput, Memory]:
-        """Decode N objects, each on a slice of its own, and encode what to remember of it.
+        """Decode K objects on each of N slices, and encode what to remember of them.
 
         Args:
             skips: features of the slices.
-            seen_N1HWD: their coarse maps as `without_memory` or `with_memory` make them.
-            prompts: prompts of the objects, with K = 1.
-            masks: mask prompts of the objects, with K = 1.
-            class_N: class of each object, from 0.
+            seen_NKHWD: their coarse maps as `without_memory`, `with_memory` or `with_images` make
+                them.
+            prompts: prompts of the objects.
+            masks: mask prompts of the objects.
+            class_NK: class of each object, from 0.
         """
         output = self.sam2.decode(
-            with_coarse(skips, seen_N1HWD),
+            with_coarse(skips, seen_NKHWD),
             prompts.points_BKQ2,
             prompts.labels_BKQ,
-            self.class_tokens[class_N][:, None],
+            self.class_tokens[class_NK],
             masks,
             single=True,
             memory_conditioned=True,
@@ -157,9 +167,7 @@ class SSSModel(nn.Module):
         kept = jnp.where(present[..., None, None], logits, NO_OBJECT)
         memory = self.sam2.encode_memory(skips.coarse_BHWD, kept, score, binary=False)
         pointer = self.sam2.pointer(output.tokens_BKMD[:, :, 0], present)
-        return SliceOutput(logits[:, 0], output.iou_BKM[:, 0, 0], score[:, 0]), Memory(
-            memory, pointer
-        )
+        return SliceOutput(logits, output.iou_BKM[..., 0], score), Memory(memory, pointer)
 
     def __call__(
         self, image_BHW1: Float[Array, "B H W 1"], prompts: Prompts

@@ -33,7 +33,7 @@ class Network(NamedTuple):
         return jax.nn.softmax(self.coarse(features))[..., 1:]
 
     def segment(
-        self, features: Features, prompts: Prompts, masks: MaskPrompts | None = None
+        self, features: Features | Skips, prompts: Prompts, masks: MaskPrompts | None = None
     ) -> SegmentOutput:
         """Decode all classes of every image."""
         return self._apply("segment", features, prompts, masks)
@@ -50,16 +50,20 @@ class Network(NamedTuple):
         """Return the coarse maps [N, 1, H, W, D] of N objects, conditioned on their memory."""
         return self._apply("with_memory", coarse_NHWD, bank, *place)
 
+    def with_images(self, coarse_NHWD: Array, memory_NKLPM: Array, valid_NKL: Array) -> Array:
+        """Return the coarse maps [N, K, H, W, D] of N images, conditioned on other images."""
+        return self._apply("with_images", coarse_NHWD, memory_NKLPM, valid_NKL)
+
     def segment_and_remember(
         self,
         skips: Skips,
-        seen_N1HWD: Array,
+        seen_NKHWD: Array,
         prompts: Prompts,
         masks: MaskPrompts | None,
-        class_N: Array,
+        class_NK: Array,
     ) -> tuple[SliceOutput, Memory]:
-        """Decode N objects, each on a slice of its own, and encode what to remember of it."""
-        return self._apply("segment_and_remember", skips, seen_N1HWD, prompts, masks, class_N)
+        """Decode K objects on each of N slices, and encode what to remember of them."""
+        return self._apply("segment_and_remember", skips, seen_NKHWD, prompts, masks, class_NK)
 
     def _apply(self, method: str, *args: Any) -> Any:
         return self.model.apply({"params": self.net}, *args, method=method)

@@ -21,6 +21,7 @@ from sss_jax.ssl.prompts import (
     clips_to_images,
     full_box,
     middle_slice,
+    no_clip_prompts,
     of_clips,
     tight_box,
     to_prompts,
@@ -270,6 +271,25 @@ def search_prompts(
     candidate_NS = _candidates(node_SHW, mask_SHW, num_slices, options)
     window = _first_window(node_SHW, mask_SHW, candidate_NS, options)
     return _prompt_slices(mask_SHW, window, options)
+
+
+def clip_prompts(
+    prob_BSHWK: Float[Array, "B S H W K"],
+    slice_mask_BS: Bool[Array, "B S"],
+    image_size: int,
+    options: PCSWOptions,
+) -> tuple[ClipPrompts, Float[Array, ""]]:
+    """Make the prompts of clips, without gradient; none where PCSW is off.
+
+    Returns:
+        Prompts in input pixels, and the share of clips and classes that got one.
+    """
+    width, classes = prob_BSHWK.shape[3:]
+    if not options.enabled:
+        return no_clip_prompts(slice_mask_BS, classes), jnp.zeros(())
+    prob_BSHWK = lax.stop_gradient(prob_BSHWK)
+    prompts, found = volume_prompts(prob_BSHWK, slice_mask_BS, image_size // width, options)
+    return prompts, found.valid_BK.astype(jnp.float32).mean()
 
 
 def volume_prompts(

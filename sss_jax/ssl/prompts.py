@@ -38,6 +38,12 @@ class ClipPrompts(NamedTuple):
         """Prompts of the B x S images."""
         return Prompts(clips_to_images(self.points_BSKQ2), clips_to_images(self.labels_BSKQ))
 
+    def boxes(self) -> tuple[Float[Array, "B S K 4"], Bool[Array, "B S K"]]:
+        """Inclusive corners (x0, y0, x1, y1) of box prompts by `to_prompts`, and which exist."""
+        corners_BSK22 = self.points_BSKQ2[..., :2, :]
+        box_BSK4 = corners_BSK22.reshape(*corners_BSK22.shape[:-2], 4)
+        return box_BSK4, self.labels_BSKQ[..., 0] == BOX_START
+
     def image_masks(self) -> MaskPrompts | None:
         """Mask prompts of the B x S images."""
         if self.mask_BSKHW is None or self.mask_given_BSK is None:

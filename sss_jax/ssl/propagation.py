@@ -131,7 +131,7 @@ def carry_classes(
 
     def in_order(x_SN: Array) -> Array:
         x_NS = jax.vmap(lambda x_S, at_S: x_S[at_S])(jnp.moveaxis(x_SN, 0, 1), route.step_NS)
-        x_BKS = x_NS.reshape(batch, classes, *x_NS.shape[1:])
+        x_BKS = x_NS[:, :, 0].reshape(batch, classes, slices, *x_NS.shape[3:])
         return clips_to_images(jnp.swapaxes(x_BKS, 1, 2))
 
     return as_classes(*(in_order(x) for x in found))
@@ -172,9 +172,9 @@ class _Walk(NamedTuple):
             lambda: self.network.without_memory(coarse),
             lambda: self.network.with_memory(coarse, ways.bank, at, self.num_N[:, None], back),
         )
-        class_N = jnp.tile(jnp.arange(classes), batch)
+        class_N1 = jnp.tile(jnp.arange(classes), batch)[:, None]
         output, memory = self.network.segment_and_remember(
-            skips, seen, *self._prompts_on(slice_N), class_N
+            skips, seen, *self._prompts_on(slice_N), class_N1
         )
         first = jnp.broadcast_to(step == 0, at.shape)
         ways = TwoWays(*(remember_prompted(b, config, memory, at, first) for b in ways))

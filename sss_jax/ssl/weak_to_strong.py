@@ -12,40 +12,34 @@ Differs from the paper: the coarse head is trained with the supervised loss on l
 coarse masks and weak features are pasted with it, the features after the convolution of DFE.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from sss_jax import losses
-from sss_jax.axes import Array, Bool, Float, Int, Key, PyTree
+from sss_jax.axes import Array, Float, Int, Key, PyTree
 from sss_jax.models.sss import SegmentOutput, SSSModel
 from sss_jax.options import Options
-from sss_jax.ssl import dfe, dropout, labelled_prompts
+from sss_jax.ssl import labelled_prompts
+from sss_jax.ssl.batches import cut, join
 from sss_jax.ssl.network import Features, Network
-from sss_jax.ssl.pcsw import volume_prompts
+from sss_jax.ssl.pcsw import clip_prompts
 from sss_jax.ssl.prompts import ClipPrompts, clips_to_images, images_to_clips, no_clip_prompts
 from sss_jax.ssl.propagation import segment_clips
-from sss_jax.ssl.views import (
-    LabelledView,
-    UnlabelledViews,
-    labelled_view,
-    mix,
-    unlabelled_views,
+from sss_jax.ssl.pseudo_labels import Target, lifted_targets, make_pseudo_labels, mix_target
+from sss_jax.ssl.self_sorting import (
+    ImageBank,
+    Recall,
+    image_keys,
+    remember_images,
+    segment_images,
 )
+from sss_jax.ssl.strong_features import drop_channels, enhance_views, view_volumes
+from sss_jax.ssl.views import LabelledView, UnlabelledViews, labelled_view, mix, unlabelled_views
 
 Batch = dict[str, dict[str, Array]]
-Aux = dict[str, Array]
-
-
-class PseudoLabels(NamedTuple):
-    """What the teacher says of the weak view; everything is under stop-gradient."""
-
-    features: Features
-    coarse_BSHWK: Float[Array, "B S h w K"]
-    label_BSHW: Int[Array, "B S H W"]
-    confidence_BSHW: Float[Array, "B S H W"]
-    prompts_valid: Float[Array, ""]
+Aux = dict[str, Any]
 
 
 def sss_loss(
@@ -58,6 +52,7 @@ def sss_loss(
     model: SSSModel,
     options: Options,
     axis: str | None = None,
+    bank: ImageBank | None = None,
 ) -> tuple[Float[Array, ""], Aux]:
     """Compute the loss of one step and what is worth logging.
 
@@ -70,82 +65,106 @@ def sss_loss(
         model: the network.
         options: all settings.
         axis: name of the pmap or shard_map axis; None when the batch is global.
+        bank: with `memory.kind=self_sorting`, what is remembered of earlier images.
 
     Returns:
-        The scalar loss over the global batch, and scalars by name.
+        The scalar loss over the global batch, and scalars by name; with a bank also `bank`, what
+        is remembered after the step.
     """
-    student = Network(model, params["net"])
+    student, tutor = Network(model, params["net"]), Network(model, teacher)
     key_labelled, key_unlabelled, key_dropout, key_prompts = jax.random.split(key, 4)
     labelled = labelled_view(key_labelled, batch["labelled"], options)
-    images = [labelled.image_BSHWC]
+    images, masks = [labelled.image_BSHWC], [batch["labelled"]["slice_mask"]]
+    recalls = _Recalls(bank, jax.random.fold_in(key, 4), batch, options)
     if options.semi.enabled:
+        mask = batch["unlabelled"]["slice_mask"]
         views = unlabelled_views(key_unlabelled, batch["unlabelled"], options, axis)
-        pseudo = make_pseudo_labels(
-            Network(model, teacher), views, batch["unlabelled"]["slice_mask"], options
-        )
+        pseudo = make_pseudo_labels(tutor, views, mask, options, recalls.weak())
         images += [view.image_BSHWC for view in views.strong]
+        masks += [mask] * len(views.strong)
 
     # Labelled images and strong views pass the encoder, and later the decoder, in one call.
     sizes = [image.shape[0] * image.shape[1] for image in images]
-    encoded = student.encode(_join([clips_to_images(image) for image in images]))
-    features, *strong = _cut(encoded, sizes)
+    encoded = student.encode(join([clips_to_images(image) for image in images]))
+    features, *strong = cut(encoded, sizes)
     enhanced: list[Features] = []
-    similarity: Aux = {}
     volumes: list[Array] = []
     if options.semi.enabled:
-        dropped = _drop(key_dropout, strong, batch["unlabelled"]["id"], options, axis)
-        enhanced, similarity = _enhance(params, pseudo, dropped, views, options, axis)
-        volumes = _view_volumes(student, strong, views, pseudo, options, axis)
-    masks = [batch["labelled"]["slice_mask"]]
-    if enhanced:
-        masks += [batch["unlabelled"]["slice_mask"]] * len(enhanced)
+        dropped = drop_channels(key_dropout, strong, batch["unlabelled"]["id"], options, axis)
+        enhanced, lifted, similarity = enhance_views(params, pseudo, dropped, views, options, axis)
+        volumes = view_volumes(student, strong, views, pseudo, options, axis)
     prompts = _prompts(key_prompts, student, features, labelled, volumes, batch, options)
-    segmented = segment_clips(student, _join([features, *enhanced]), prompts, _join(masks), options)
-    outputs = _cut(segmented, sizes)
+    outputs, new_bank = _segment_student(
+        student, [features, *enhanced], prompts, masks, recalls, options, axis
+    )
 
     loss, aux = _labelled_loss(student, features, outputs[0], labelled, options, axis)
     if options.semi.enabled:
-        unlabelled, shares = _unlabelled_loss(outputs[1:], pseudo, views, options, axis)
+        targets = [mix_target(view.box_B4, pseudo.target, axis) for view in views.strong]
+        if lifted:
+            own = cut(prompts, [len(m) for m in masks])[1:]
+            seen = recalls.strong(bank, len(own))
+            targets = lifted_targets(tutor, lifted, own, mask, views, options, seen)
+        unlabelled, shares = _unlabelled_loss(outputs[1:], targets, views, options, axis)
         loss += options.semi.weight * _ramp(step, options.semi.ramp_steps) * unlabelled
         aux |= {"loss_unlabelled": unlabelled} | shares
-        aux |= {"prompts_valid": pseudo.prompts_valid} | similarity
-    return loss, aux
+        aux |= similarity
+        if options.pcsw.enabled:
+            aux["prompts_valid"] = pseudo.prompts_valid
+    return loss, aux if new_bank is None else aux | {"bank": new_bank}
 
 
-def make_pseudo_labels(
-    teacher: Network,
-    views: UnlabelledViews,
-    slice_mask_BS: Bool[Array, "B S"],
+class _Recalls(NamedTuple):
+    """How the images of each stream look at the self-sorting bank; None without one."""
+
+    bank: ImageBank | None
+    key: Array
+    batch: Batch
+    options: Options
+
+    def labelled(self) -> Recall | None:
+        return self._of(self.bank, "labelled", 0)
+
+    def weak(self) -> Recall | None:
+        return self._of(self.bank, "unlabelled", 1)
+
+    def strong(self, bank: ImageBank | None, views: int) -> Recall | None:
+        return self._of(bank, "unlabelled", *range(2, 2 + views))
+
+    def _of(self, bank: ImageBank | None, stream: str, *uses: int) -> Recall | None:
+        if bank is None:
+            return None
+        clips = self.batch[stream]
+        slices = clips["slice_mask"].shape[1]
+        keys = [image_keys(jax.random.fold_in(self.key, use), clips["id"], slices) for use in uses]
+        return Recall(bank, self.options.memory.samples, jnp.concatenate(keys))
+
+
+def _segment_student(
+    student: Network,
+    features: list[Features],
+    prompts: ClipPrompts,
+    masks: list[Array],
+    recalls: _Recalls,
     options: Options,
-) -> PseudoLabels:
-    """Segment the weak view with the teacher: coarse masks, PCSW prompts, then the decoder."""
-    teacher = Network(teacher.model, jax.lax.stop_gradient(teacher.net))
-    _, slices, height, width = views.valid_BSHW.shape
-    features = teacher.encode(clips_to_images(views.weak_BSHWC))
-    coarse = images_to_clips(teacher.coarse_foreground(features), slices)
-    prompts, prompts_valid = _search(coarse, slice_mask_BS, width, options)
-    logits = segment_clips(teacher, features, prompts, slice_mask_BS, options).logits_BHWK1
-    probability = jax.nn.softmax(losses.upsample_logits(logits, (height, width)))
-    pseudo = PseudoLabels(
-        features=features,
-        coarse_BSHWK=coarse,
-        label_BSHW=images_to_clips(jnp.argmax(probability, axis=-1), slices),
-        confidence_BSHW=images_to_clips(jnp.max(probability, axis=-1), slices),
-        prompts_valid=prompts_valid,
-    )
-    return jax.lax.stop_gradient(pseudo)
-
-
-def _search(
-    coarse_BSHWK: Array, slice_mask_BS: Array, image_size: int, options: Options
-) -> tuple[ClipPrompts, Array]:
-    """Run PCSW; also return the share of clips and classes that got a prompt."""
-    width, classes = coarse_BSHWK.shape[3:]
-    if not options.pcsw.enabled:
-        return no_clip_prompts(slice_mask_BS, classes), jnp.zeros(())
-    coarse_BSHWK = jax.lax.stop_gradient(coarse_BSHWK)
-    prompts, found = volume_prompts(coarse_BSHWK, slice_mask_BS, image_size // width, options.pcsw)
-    return prompts, found.valid_BK.astype(jnp.float32).mean()
+    axis: str | None,
+) -> tuple[list[SegmentOutput], ImageBank | None]:
+    """Segment labelled clips and strong views; also return the self-sorting bank after the step."""
+    sizes = [mask.size for mask in masks]
+    seen = recalls.labelled()
+    if seen is None:
+        together = segment_clips(student, join(features), prompts, join(masks), options)
+        return cut(together, sizes), None
+    own, *others = cut(prompts, [len(mask) for mask in masks])
+    first, new = segment_images(student, features[0], own, seen)
+    bank = remember_images(seen.bank, new, masks[0].reshape(-1), axis)
+    outputs = [first]
+    if others:
+        recall = recalls.strong(bank, len(others))
+        assert recall is not None
+        rest, _ = segment_images(student, join(features[1:]), join(others), recall)
+        outputs += cut(rest, sizes[1:])
+    return outputs, jax.lax.stop_gradient(bank)
 
 
 def _prompts(
@@ -167,83 +186,16 @@ def _prompts(
         masks += [batch["unlabelled"]["slice_mask"]] * len(view_volumes)
     found: list[ClipPrompts] = []
     if masks:
-        together, _ = _search(_join([*own, *view_volumes]), _join(masks), size, options)
-        found = _cut(together, [len(m) for m in masks])
+        joined = join([*own, *view_volumes])
+        together, _ = clip_prompts(joined, join(masks), size, options.pcsw)
+        found = cut(together, [len(m) for m in masks])
     none = no_clip_prompts(mask, coarse.shape[-1])
     first = labelled_prompts.choose(key, found[: len(own)], own, ids, none, options)
     others = found[len(own) :]
     if first.mask_BSKHW is not None:
         height, width = first.mask_BSKHW.shape[-2:]
         others = [other.without_masks((height, width)) for other in others]
-    return _join([first, *others])
-
-
-def _view_volumes(
-    student: Network,
-    strong: list[Features],
-    views: UnlabelledViews,
-    pseudo: PseudoLabels,
-    options: Options,
-    axis: str | None,
-) -> list[Array]:
-    """Masks that prompt the strong views: the weak pseudo-masks (sketch) or their own (figure).
-
-    With CutMix the weak masks are pasted before the search, so that a prompt never points at
-    something the view no longer shows.
-    """
-    if options.pcsw.source == "per_view":
-        slices = views.valid_BSHW.shape[1]
-        return [images_to_clips(student.coarse_foreground(f), slices) for f in strong]
-    return [mix(view.box_B4, pseudo.coarse_BSHWK, axis) for view in views.strong]
-
-
-def _drop(
-    key: Array, strong: list[Features], ids: Array, options: Options, axis: str | None
-) -> list[Features]:
-    """Drop complementary channels of the two strong views, level by level."""
-    if not options.semi.dropout:
-        return strong
-    slices = strong[0][0].shape[0] // ids.shape[0]
-    views: list[list[Array]] = [[], []]
-    for level, pair in enumerate(zip(*strong, strict=True)):
-        masks = dropout.complementary_masks(key, ids, pair[0].shape[-1], axis, level=level)
-        for view, feature, mask_BD in zip(views, pair, masks, strict=True):
-            factor = jnp.repeat(mask_BD, slices, axis=0)[:, None, None, :]
-            view.append(feature * factor.astype(feature.dtype))
-    return [tuple(view) for view in views]
-
-
-def _enhance(
-    params: PyTree,
-    pseudo: PseudoLabels,
-    strong: list[Features],
-    views: UnlabelledViews,
-    options: Options,
-    axis: str | None,
-) -> tuple[list[Features], Aux]:
-    """Run DFE on each strong view; the weak side is projected once and pasted like the image."""
-    if not options.dfe.enabled:
-        return strong, {}
-    own = [dfe.project_levels(params["dfe"], features, options.dfe) for features in strong]
-    if options.dfe.pair == "strong_strong":
-        others = own[::-1]
-    else:
-        slices = views.valid_BSHW.shape[1]
-        weak = dfe.project_levels(params["dfe"], pseudo.features, options.dfe)
-        weak = jax.tree.map(lambda x: images_to_clips(x, slices), weak)
-        others = [
-            jax.tree.map(lambda x, box=view.box_B4: clips_to_images(mix(box, x, axis)), weak)
-            for view in views.strong
-        ]
-    merged = [
-        dfe.merge_levels(*arguments, options.dfe)
-        for arguments in zip(strong, own, others, strict=True)
-    ]
-    similarity = {
-        f"similarity_{level}": jnp.stack([found[level] for _, found in merged]).mean()
-        for level in dfe.enabled_levels(options.dfe)
-    }
-    return [features for features, _ in merged], similarity
+    return join([first, *others])
 
 
 def _labelled_loss(
@@ -271,7 +223,7 @@ def _labelled_loss(
 
 def _unlabelled_loss(
     outputs: list[SegmentOutput],
-    pseudo: PseudoLabels,
+    targets: list[Target],
     views: UnlabelledViews,
     options: Options,
     axis: str | None,
@@ -283,11 +235,9 @@ def _unlabelled_loss(
     """
     tau, total = options.semi.confidence, jnp.zeros(())
     shares = {"coverage": jnp.zeros(()), "coverage_foreground": jnp.zeros(())}
-    for output, view in zip(outputs, views.strong, strict=True):
-        label, confidence, valid = (
-            clips_to_images(mix(view.box_B4, x, axis))
-            for x in (pseudo.label_BSHW, pseudo.confidence_BSHW, views.valid_BSHW)
-        )
+    for output, target, view in zip(outputs, targets, views.strong, strict=True):
+        label, confidence = (clips_to_images(x) for x in target)
+        valid = clips_to_images(mix(view.box_B4, views.valid_BSHW, axis))
         logits = losses.upsample_logits(output.logits_BHWK1, (label.shape[1], label.shape[2]))
         total += losses.unlabelled_loss(
             logits,
@@ -310,17 +260,3 @@ def _ramp(step: Array, ramp_steps: int) -> Array:
     if ramp_steps == 0:
         return jnp.ones(())
     return jnp.minimum(1.0, step.astype(jnp.float32) / ramp_steps)
-
-
-def _join(trees: list[PyTree]) -> PyTree:
-    """Join trees of equal structure along every leaf's first axis."""
-    return jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *trees)
-
-
-def _cut(tree: PyTree, sizes: list[int]) -> list[PyTree]:
-    """Cut every leaf along its first axis into pieces of these sizes."""
-    ends = [sum(sizes[: i + 1]) for i in range(len(sizes))]
-    return [
-        jax.tree.map(lambda x, a=end - size, b=end: x[a:b], tree)
-        for size, end in zip(sizes, ends, strict=True)
-    ]

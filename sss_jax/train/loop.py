@@ -14,6 +14,7 @@ from sss_jax.data.pipeline import Loader
 from sss_jax.errors import Preempted
 from sss_jax.models.sss import build_model
 from sss_jax.options import Options
+from sss_jax.ssl.self_sorting import empty_bank
 from sss_jax.ssl.volume import make_volume_function
 from sss_jax.train import run
 from sss_jax.train.checkpoint import Checkpointer
@@ -101,11 +102,12 @@ class _Run:
         shapes = jax.eval_shape(lambda k: init_all_params(self.model, options, k), key)
         optimizer = make_optimizer(options.optimizer, options.train.steps, shapes)
         driver = make_driver(self.model, options, optimizer)
-        target = jax.eval_shape(lambda params: state_of(params, optimizer), shapes)
+        memory = empty_bank(self.model, options.memory)
+        target = jax.eval_shape(lambda params: state_of(params, optimizer, memory), shapes)
         restored = self.checkpointer.restore(target)
         if restored is None:
             params = with_converted(init_all_params(self.model, options, key), options)
-            state, start = state_of(params, optimizer), 0
+            state, start = state_of(params, optimizer, memory), 0
         else:
             state, start = restored.state, restored.step
         self.log.truncate(start)
@@ -193,6 +195,8 @@ class _Run:
             return None
         name = self.options.eval.weights
         params = state["ema"] if name == "ema" else state["params"]["net"]
+        if "bank" in state:
+            params = {"net": params, "bank": state["bank"]}
         return validate(
             self.volume, params, self.split.val, self.options, lambda: self.stop.requested
         )

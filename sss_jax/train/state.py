@@ -2,8 +2,9 @@
 
     {"params": {"net": ..., "dfe": ...}, "ema": <like net>, "opt_state": ..., "step": int32}
 
-`ema` is the teacher and, by default, what predicts. Random keys are not part of it: the key of
-step t is `fold_in(key(seed), t)`.
+With `memory.kind=self_sorting` there is also "bank", the self-sorting bank as a dict. `ema` is the
+teacher and, by default, what predicts. Random keys are not part of it: the key of step t is
+`fold_in(key(seed), t)`.
 """
 
 import jax
@@ -16,9 +17,14 @@ from sss_jax.options import Options
 from sss_jax.ssl.dfe import init_dfe
 
 
-def state_of(params: PyTree, optimizer: optax.GradientTransformation) -> PyTree:
-    """Return the state of step 0 with these parameters, the teacher being a copy of the student."""
-    return {
+def state_of(
+    params: PyTree, optimizer: optax.GradientTransformation, memory: PyTree | None = None
+) -> PyTree:
+    """Return the state of step 0 with these parameters, the teacher being a copy of the student.
+
+    `memory` is what `ssl.self_sorting.empty_bank` returns.
+    """
+    return (memory or {}) | {
         "params": params,
         "ema": jax.tree.map(jnp.copy, params["net"]),
         "opt_state": optimizer.init(params),

@@ -10,6 +10,7 @@ from sss_jax.axes import Array, Key, PyTree
 from sss_jax.models.sss import SSSModel
 from sss_jax.options import Options
 from sss_jax.parallel import pmean
+from sss_jax.ssl.self_sorting import ImageBank
 from sss_jax.ssl.weak_to_strong import Batch, sss_loss
 from sss_jax.train.guard import apply_if_finite
 from sss_jax.train.optimizer import ema_update
@@ -38,10 +39,19 @@ def make_train_step(
         def loss_of(params: PyTree) -> tuple[Array, Metrics]:
             step_key = jax.random.fold_in(key, step)
             return sss_loss(
-                params, teacher, batch, step_key, step, model=model, options=options, axis=axis
+                params,
+                teacher,
+                batch,
+                step_key,
+                step,
+                model=model,
+                options=options,
+                axis=axis,
+                bank=ImageBank(**state["bank"]) if "bank" in state else None,
             )
 
         (loss, aux), grads = jax.value_and_grad(loss_of, has_aux=True)(state["params"])
+        bank = {"bank": aux.pop("bank")._asdict()} if "bank" in state else {}
         # The losses already sum over devices, and psum transposes to psum: each device holds
         # n times its share of the gradient, so the mean over devices is the global gradient.
         grads, aux = pmean(grads, axis), pmean(aux, axis)
@@ -51,6 +61,7 @@ def make_train_step(
             "params": params,
             "ema": ema_update(state["ema"], params["net"], step, options.semi.ema_decay),
             "opt_state": opt_state,
+            **bank,
         }
         grad_norm = optax.tree.norm(grads)
         # The norm is finite only if every gradient is: one test serves for hundreds of arrays.

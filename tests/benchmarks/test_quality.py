@@ -16,7 +16,7 @@ def row(method, dice, labelled=1, seed=0):
         **dataclasses.asdict(run),
         "extra": [],
         "settings": json.dumps(dataclasses.asdict(run.options)),
-        "test": {"dice": dice, "hd95": 2.0},
+        "test": {"dice": dice, "hd95_mm": 2.0},
         "train_s": 60.0,
         "slices_per_s": 10.0,
         "peak_mib": 100,

@@ -41,6 +41,15 @@ def test_no_prompts_equal_invalid_ones():
     jax.tree.map(np.testing.assert_array_equal, no_prompts(4, 3), invalid)
 
 
+def test_boxes_come_back_from_clip_prompts():
+    box, point, valid = some_prompts(4, (4 * 5, 3))
+    flat = prompts.to_prompts(box, point, valid)
+    got_box, got_valid = prompts.of_clips(flat, 5, jnp.zeros((4, 3), jnp.int32)).boxes()
+    np.testing.assert_array_equal(got_valid, valid.reshape(4, 5, 3))
+    np.testing.assert_array_equal(got_box, jnp.where(valid[..., None], box, 0).reshape(4, 5, 3, 4))
+    assert not prompts.no_clip_prompts(jnp.ones((4, 5), bool), 3).boxes()[1].any()
+
+
 def test_select_takes_each_class_from_its_side():
     flat = prompts.to_prompts(*some_prompts(2, (4 * 5, 3))[:2], jnp.ones((4 * 5, 3), bool))
     start = jnp.arange(12).reshape(4, 3) % 5

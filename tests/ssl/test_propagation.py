@@ -107,9 +107,9 @@ def slow(model, params, image, prompts, num):
                 )
             else:
                 coarse = network.without_memory(skips.coarse_BHWD)
-            output, known[at] = decode(skips, coarse, prompt, jnp.array([k]))
-            logits[b, at, k] = output.logits_NHW[0]
-            scores[:, b, at, k] = output.iou_N[0], output.object_score_N[0]
+            output, known[at] = decode(skips, coarse, prompt, jnp.array([[k]]))
+            logits[b, at, k] = output.logits_NKHW[0, 0]
+            scores[:, b, at, k] = output.iou_NK[0, 0], output.object_score_NK[0, 0]
     return logits, scores
 
 

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 
 from sss_jax.ssl.network import Network
+from sss_jax.ssl.pseudo_labels import make_pseudo_labels
 from sss_jax.ssl.views import mix, unlabelled_views
-from sss_jax.ssl.weak_to_strong import make_pseudo_labels, sss_loss
+from sss_jax.ssl.weak_to_strong import sss_loss
 from sss_jax.train.state import init_all_params
 from sss_jax.train.step import root_key
 
@@ -115,6 +116,37 @@ def test_no_confident_pixel_no_loss(micro):
     assert all(not np.any(leaf) for leaf in jax.tree.leaves(grads))
 
 
+@pytest.mark.slow
+def test_lifted_weak_features_change_the_pseudo_labels_alone(micro):
+    """`enhance_weak`: the labelled side stays; a DFE that adds nothing changes nothing."""
+    model, options, batch = micro
+    plain = dataclasses.replace(
+        options,
+        pcsw=dataclasses.replace(options.pcsw, enabled=False),
+        memory=dataclasses.replace(options.memory, kind="none"),
+        strong=dataclasses.replace(options.strong, cutmix=0.0),
+        semi=dataclasses.replace(options.semi, views=1, dropout=False, labelled_prompts="none"),
+    )
+    lift = dataclasses.replace(plain, dfe=dataclasses.replace(plain.dfe, enhance_weak=True))
+    params = jax.jit(lambda k: init_all_params(model, options, k))(root_key(0))
+    silent = params | {"dfe": jax.tree.map(jnp.zeros_like, params["dfe"])}
+
+    def loss(options):
+        return jax.jit(
+            lambda p: sss_loss(
+                p, p["net"], batch, root_key(1), jnp.int32(0), model=model, options=options
+            )[1]
+        )
+
+    without, lifted = loss(plain), loss(lift)
+    one, other = without(params), lifted(params)
+    np.testing.assert_allclose(one["loss_labelled"], other["loss_labelled"], rtol=1e-5)
+    assert abs(one["loss_unlabelled"] - other["loss_unlabelled"]) > 1e-5
+    one, other = without(silent), lifted(silent)
+    np.testing.assert_allclose(one["loss_unlabelled"], other["loss_unlabelled"], rtol=1e-5)
+    np.testing.assert_allclose(one["coverage"], other["coverage"], atol=1e-6)
+
+
 def test_views_are_aligned_and_mixed(micro):
     """A strong view is a function of the weak one, pixel by pixel, with the partner's box."""
     _, options, batch = micro
@@ -153,8 +185,8 @@ def test_pseudo_labels_are_the_teachers_decision(micro):
     pseudo = jax.jit(
         lambda net, views: make_pseudo_labels(Network(model, net), views, mask, options)
     )(params["net"], views)
-    assert pseudo.label_BSHW.shape == views.valid_BSHW.shape
-    confidence = np.asarray(pseudo.confidence_BSHW)
+    assert pseudo.target.label_BSHW.shape == views.valid_BSHW.shape
+    confidence = np.asarray(pseudo.target.confidence_BSHW)
     assert confidence.min() >= 1 / (options.model.num_classes + 1) - 1e-6
     assert confidence.max() <= 1
-    assert set(np.unique(pseudo.label_BSHW)) <= set(range(options.model.num_classes + 1))
+    assert set(np.unique(pseudo.target.label_BSHW)) <= set(range(options.model.num_classes + 1))
