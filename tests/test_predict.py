@@ -16,6 +16,7 @@ from sss_jax.ssl import volume
 from sss_jax.ssl.network import Network
 from sss_jax.ssl.pcsw import volume_prompts
 from sss_jax.ssl.prompts import tight_box
+from sss_jax.ssl.self_sorting import empty_bank
 from sss_jax.ssl.volume import make_volume_function, pad_slices
 from sss_jax.train.checkpoint import Checkpointer
 from sss_jax.train.state import init_all_params
@@ -47,6 +48,26 @@ def write_image(path: Path, seed: int = 0, affine: np.ndarray | None = None) -> 
     image.header.set_xyzt_units("mm")
     nib.save(image, path)
     return path
+
+
+def test_images_without_order_look_at_the_bank(trained):
+    """What the bank holds changes the masks, and only through the bank."""
+    model, options, net = trained
+    memory = dataclasses.replace(options.memory, kind="self_sorting", capacity=3, samples=2)
+    options = dataclasses.replace(options, memory=memory)
+    function = make_volume_function(model, options)
+    rng = np.random.default_rng(0)
+    image, mask = rng.random((16, 32, 32, 1), np.float32), np.arange(16) < 9
+    empty = empty_bank(model, memory)["bank"]
+    held = {k: rng.normal(size=v.shape).astype(np.float32) for k, v in empty.items()}
+    held["count_K"] = np.full_like(empty["count_K"], 3)
+    without = function({"net": net, "bank": empty}, image, mask).probability_SHWK1
+    found = function({"net": net, "bank": held}, image, mask).probability_SHWK1
+    assert np.isfinite(found).all()
+    assert np.abs(found - without).max() > 1e-4
+    held["count_K"] = np.zeros_like(empty["count_K"])
+    same = function({"net": net, "bank": held}, image, mask).probability_SHWK1
+    np.testing.assert_array_equal(same, without)
 
 
 def test_features_kept_or_computed_twice(trained, predictor):

@@ -10,7 +10,7 @@ import pytest
 from sss_jax.errors import ConfigError
 from sss_jax.models.image_encoder import normalise_image
 from sss_jax.models.initial import rule
-from sss_jax.models.prompt_encoder import no_prompts
+from sss_jax.models.prompt_encoder import MaskPrompts, no_prompts
 from sss_jax.models.sss import SSSModel, build_model, init_params
 from sss_jax.options import MemoryOptions, ModelOptions, Options
 
@@ -139,6 +139,28 @@ def test_init_depends_on_neither_image_size_nor_class_token_spread(params):
     assert np.all(again.pop("class_tokens") == 0)
     rest = {name: value for name, value in params.items() if name != "class_tokens"}
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), rest, again)
+
+
+def test_mask_prompts_of_some_objects(params):
+    """Where no mask is given the output is that without mask prompts; where one is, another."""
+    rng = np.random.default_rng(0)
+    image = jnp.asarray(rng.random((2, 16, 16, 1)), jnp.float32)
+    mask = jnp.asarray(rng.normal(size=(2, 2, 8, 8)) * 10, jnp.float32)
+    given = jnp.array([[True, False], [False, False]])
+
+    @jax.jit
+    def logits(params, masks):
+        net = {"params": params}
+        features = MODEL.apply(net, image, method="encode")
+        found = MODEL.apply(net, features, no_prompts(2, 2), masks, method="segment")
+        return found.logits_BHWK1[..., 1:]
+
+    plain, some = logits(params, None), logits(params, MaskPrompts(mask, given))
+    change = np.abs(plain - some).max(axis=(1, 2))
+    given_change = change[0, 0]
+    assert given_change > 1e-3
+    change[0, 0] = 0
+    assert change.max() < 1e-5, "the rest differs by rounding alone"
 
 
 def test_build_model_follows_the_options():

@@ -101,7 +101,10 @@ def test_no_confident_pixel_no_loss(micro):
     model, options, batch = micro
     certain = dataclasses.replace(options.semi, confidence=1.0, labelled_prompts="none")
     options = dataclasses.replace(
-        options, semi=certain, pcsw=dataclasses.replace(options.pcsw, enabled=False)
+        options,
+        semi=certain,
+        pcsw=dataclasses.replace(options.pcsw, enabled=False),
+        memory=dataclasses.replace(options.memory, kind="none"),
     )
     params = jax.jit(lambda k: init_all_params(model, options, k))(root_key(0))
 
