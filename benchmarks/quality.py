@@ -177,10 +177,15 @@ def measure(run: Run, data: Path, workdir: Path) -> dict[str, Any]:
         "curves": curves(log),
         "slices_per_s": statistics.median(r["slices_per_s"] for r in log if r["kind"] == "train"),
         "train_s": None if resumed else round(trained - began, 1),
-        "peak_mib": resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss // 1024,
+        "peak_mib": None if resumed else _peak_mib(),
         "load": os.getloadavg()[0],
         "commit": result.commit(),
     }
+
+
+def _peak_mib() -> int:
+    """Largest resident memory that any verb of this process took so far."""
+    return resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss // 1024
 
 
 def curves(log: list[dict[str, Any]], points: int = 20) -> dict[str, list[list[float]]]:
@@ -228,7 +233,7 @@ def _line(key: tuple, groups: dict[tuple, list[dict[str, Any]]]) -> str:
         recovered(groups, key),
         _minutes([row["train_s"] for row in own]),
         f"{statistics.fmean(row['slices_per_s'] for row in own):.1f}",
-        max(row["peak_mib"] for row in own),
+        max((row["peak_mib"] for row in own if row["peak_mib"]), default="stopped"),
     ]
     return "| " + " | ".join(map(str, cells)) + " |"
 
