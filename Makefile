@@ -10,7 +10,8 @@ demo: $(VENV)/.ready
 	$(BIN)/python -m sss_jax.benchmarks.demo $(DEMO)
 
 test: lint
-	$(BIN)/python -m pytest -m "not slow" -n 2 --dist loadfile
+	# The longest files first, so that no core waits for the other at the end.
+	$(BIN)/python -m pytest -m "not slow" -n 2 --dist loadfile --no-loadscope-reorder tests/train tests/ssl tests
 
 test-slow: $(VENV)/.ready
 	$(BIN)/python -m pytest -m slow
