@@ -63,7 +63,7 @@ def print_table(rows: list[tuple[str, dict, float]]) -> None:
 
 
 def sss_jax(*words: str) -> None:
-    """Run one verb of the command line; its failure ends the demo."""
+    """Run one verb of the command line; its failure ends the benchmark."""
     print("$ sss-jax", *words, file=sys.stderr, flush=True)
     done = subprocess.run([sys.executable, "-m", "sss_jax.cli", *words], check=False)
     if done.returncode:

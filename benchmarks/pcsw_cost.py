@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from scipy import ndimage
 
 from sss_jax.benchmarks import result
+from sss_jax.metrics.boxes import tight_box
 from sss_jax.options import PCSWOptions
 from sss_jax.ssl.pcsw import SlicePrompts, search_prompts
 
@@ -103,10 +104,10 @@ def with_scipy(mask_SHW: NDArray[np.bool_]) -> Found:
 
 
 def _tight(plane_HW: NDArray[np.bool_]) -> tuple[int, ...]:
-    y, x = np.nonzero(plane_HW)
-    if not len(x):
+    box = tight_box(plane_HW)
+    if box is None:
         return (0, 0, plane_HW.shape[1] - 1, plane_HW.shape[0] - 1)
-    return tuple(int(v) for v in (x.min(), y.min(), x.max(), y.max()))
+    return tuple(int(v) for v in box)
 
 
 def as_found(prompts: SlicePrompts) -> list[Found]:

@@ -17,7 +17,6 @@ import os
 import resource
 import shutil
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Iterable, Sequence
@@ -27,6 +26,7 @@ from typing import Any
 from sss_jax import config
 from sss_jax.atomic import write_text
 from sss_jax.benchmarks import result
+from sss_jax.benchmarks.demo import sss_jax
 from sss_jax.options import Options
 
 # Name of a row: method of the configuration, and what is switched beside it. "+" adds one
@@ -51,6 +51,7 @@ CURVES = (
     "similarity_level_8",
     "similarity_level_16",
 )
+VAL_CURVES = ("pseudo_precision", "pseudo_recall", "prompts_found", "prompt_iou")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -157,12 +158,12 @@ def measure(run: Run, data: Path, workdir: Path) -> dict[str, Any]:
     began, resumed = time.monotonic(), workdir.exists()
     settings = [f"--config.{item}" for item in run.overrides]
     checkpoint, test = str(workdir), str(workdir / "test")
-    _verb("train", "--config", run.spec, "--data", str(data), "--workdir", checkpoint, *settings)
+    sss_jax("train", "--config", run.spec, "--data", str(data), "--workdir", checkpoint, *settings)
     trained = time.monotonic()
     subset = ("-o", test, "--subset", "test")
-    _verb("predict", "--checkpoint", checkpoint, "-i", str(data), *subset)
+    sss_jax("predict", "--checkpoint", checkpoint, "-i", str(data), *subset)
     refs = ("--ref", str(data / "labels"), "--classes", str(run.options.model.num_classes))
-    _verb("evaluate", "--pred", test, *refs)
+    sss_jax("evaluate", "--pred", test, *refs)
     summary = json.loads((workdir / "test" / "summary.json").read_text())
     log = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
     return {
@@ -191,15 +192,12 @@ def _peak_mib() -> int:
 def curves(log: list[dict[str, Any]], points: int = 20) -> dict[str, list[list[float]]]:
     """Thin the curves that say why the unlabelled images helped or did not."""
     found: dict[str, list[list[float]]] = {}
-    for name in CURVES:
-        rows = [(r["step"], r[name]) for r in log if r["kind"] == "train" and name in r]
-        if rows:
-            every = max(1, len(rows) // points)
-            found[name] = [[step, round(value, 4)] for step, value in rows[::every]]
-    for name in ("pseudo_precision", "pseudo_recall", "prompts_found", "prompt_iou"):
-        rows = [(r["step"], r[name]) for r in log if r["kind"] == "val" and name in r]
-        if rows:
-            found[name] = [[step, round(value, 4)] for step, value in rows]
+    for kind, names in (("train", CURVES), ("val", VAL_CURVES)):
+        for name in names:
+            rows = [(r["step"], r[name]) for r in log if r["kind"] == kind and name in r]
+            every = max(1, len(rows) // points) if kind == "train" else 1
+            if rows:
+                found[name] = [[step, round(value, 4)] for step, value in rows[::every]]
     return found
 
 
@@ -265,11 +263,6 @@ def recovered(groups: dict[tuple, list[dict[str, Any]]], key: tuple) -> str:
 
 def _read(path: Path) -> list[dict[str, Any]]:
     return json.loads(path.read_text())["rows"] if path.is_file() else []
-
-
-def _verb(*words: str) -> None:
-    print("$ sss-jax", *words, file=sys.stderr, flush=True)
-    subprocess.run([sys.executable, "-m", "sss_jax.cli", *words], check=True)
 
 
 if __name__ == "__main__":

@@ -248,8 +248,8 @@ class Conv(nn.Module):
         return add_bias(_convolve(x, kernel, self.stride, self.padding), bias)
 
 
-def _convolve(x: Array, kernel: Array, stride: int, padding: int) -> Array:
-    if kernel.shape[0] == stride == 1:
+def _convolve(x: Array, kernel: Array, stride: int, padding: int, groups: int = 1) -> Array:
+    if kernel.shape[0] == stride == groups == 1:
         return linear(x, kernel[0, 0])
     return jax.lax.conv_general_dilated(
         x,
@@ -257,6 +257,7 @@ def _convolve(x: Array, kernel: Array, stride: int, padding: int) -> Array:
         window_strides=(stride, stride),
         padding=((padding, padding), (padding, padding)),
         dimension_numbers=("NHWC", "HWIO", "NHWC"),
+        feature_group_count=groups,
     )
 
 
@@ -268,21 +269,15 @@ def depthwise(
 
 
 def _grouped(x: Array, kernel: Array) -> Array:
-    return jax.lax.conv_general_dilated(
-        x,
-        kernel,
-        window_strides=(1, 1),
-        padding="SAME",
-        dimension_numbers=("NHWC", "HWIO", "NHWC"),
-        feature_group_count=x.shape[-1],
-    )
+    return _convolve(x, kernel, 1, len(kernel) // 2, groups=x.shape[-1])
 
 
 @jax.custom_vjp
 def _shift_and_add(x: Array, kernel: Array) -> Array:
     """Add up shifted maps: one loop over the output, where XLA on CPUs runs groups one by one."""
     y = jnp.zeros_like(x)
-    for shifted, tap in zip(_shifts(x, len(kernel)), _taps(kernel), strict=True):
+    taps = kernel.reshape(-1, kernel.shape[-1])
+    for shifted, tap in zip(_shifts(x, len(kernel)), taps, strict=True):
         y += scale_by(shifted, tap)
     return y
 
@@ -293,10 +288,6 @@ def _shifts(x: Array, side: int) -> Iterator[Array]:
     padded = jnp.pad(x, ((0, 0), around, around, (0, 0)))
     for i, j in itertools.product(range(side), repeat=2):
         yield padded[:, i : i + h, j : j + w]
-
-
-def _taps(kernel: Array) -> Array:
-    return kernel.reshape(-1, kernel.shape[-1])
 
 
 def _shift_and_add_forward(x: Array, kernel: Array) -> tuple[Array, tuple[Array, Array]]:

@@ -136,7 +136,7 @@ class Sam2(nn.Module):
         if token_bias_BKD is not None:
             tokens = tokens.at[:, :, -1].add(token_bias_BKD.astype(tokens.dtype))
         if not memory_conditioned:
-            coarse = coarse + self.no_mem_embed[None].astype(coarse.dtype)
+            coarse = self.without_memory(coarse)
         dense = encoder.no_mask() if masks is None else encoder.masks(masks)
         place = encoder.dense_position(*coarse.shape[-3:-1])
         seen = with_coarse(features, coarse)
@@ -253,6 +253,10 @@ class Sam2(nn.Module):
         extra = self.no_obj_embed_spatial[None, None].astype(memory.dtype)
         return jnp.where(absent, memory + extra, memory)
 
+    def without_memory(self, coarse_BHWD: Float[Array, "B h w D"]) -> Float[Array, "B h w D"]:
+        """Mark coarse maps as those of slices that see no memory."""
+        return coarse_BHWD + self.no_mem_embed[None].astype(coarse_BHWD.dtype)
+
     def attend_memory(
         self,
         features: Features,
@@ -313,7 +317,7 @@ class Sam2(nn.Module):
             used,
             slots * positions,
         )
-        none = (coarse_BHWD + self.no_mem_embed[None].astype(coarse_BHWD.dtype))[:, None]
+        none = self.without_memory(coarse_BHWD)[:, None]
         seen = self.memory_attention(coarse_BHWD, keys)
         return jnp.where(any_BK[..., None, None, None], seen, none)
 

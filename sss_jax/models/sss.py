@@ -113,7 +113,7 @@ class SSSModel(nn.Module):
 
     def without_memory(self, coarse_NHWD: Float[Array, "N H W D"]) -> Float[Array, "N 1 H W D"]:
         """Make the coarse maps of slices that begin their volume."""
-        return (coarse_NHWD + self.sam2.no_mem_embed[None].astype(coarse_NHWD.dtype))[:, None]
+        return self.sam2.without_memory(coarse_NHWD)[:, None]
 
     def with_memory(
         self,

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 
 from sss_jax.augment.keys import example_keys
 from sss_jax.axes import Array, Float, Int, Key
+from sss_jax.models.sam2 import MASK_PROMPT_LOGIT
 from sss_jax.options import Options
 from sss_jax.ssl.prompts import (
     ClipPrompts,
@@ -15,8 +16,6 @@ from sss_jax.ssl.prompts import (
     to_prompts,
 )
 
-# Logit of a pixel inside a ground-truth mask, as SAM-2 has it; outside its negative.
-_MASK_LOGIT = 10.0
 # Shares of `mixed`: a jittered ground-truth box, a PCSW prompt; the rest has no prompt.
 _TRUTH, _PCSW = 0.5, 0.25
 
@@ -83,7 +82,7 @@ def _as_masks(
     tight: ClipPrompts, truth_BSHWK: Float[Array, "B S h w K"], none: ClipPrompts
 ) -> ClipPrompts:
     """Put masks in place of boxes."""
-    logits = (2 * jnp.moveaxis(truth_BSHWK, -1, 2) - 1) * _MASK_LOGIT
+    logits = (2 * jnp.moveaxis(truth_BSHWK, -1, 2) - 1) * MASK_PROMPT_LOGIT
     given_BSK = tight.labels_BSKQ[..., 0] >= 0
     return none._replace(start_BK=tight.start_BK, mask_BSKHW=logits, mask_given_BSK=given_BSK)
 

@@ -22,7 +22,6 @@ import jax.numpy as jnp
 from sss_jax.axes import Array, Bool, Int
 from sss_jax.models.mask_decoder import Skips
 from sss_jax.models.memory_bank import (
-    MemoryBank,
     TwoWays,
     empty_bank,
     remember_on_the_way,
@@ -95,9 +94,12 @@ def segment_clips(
 
 def _pick(skips: Skips, slice_BK: Array) -> Skips:
     """Take the slice of each object from its clip: [B, S, ...] to [B x K, ...]."""
-    return jax.tree.map(
-        lambda x: clips_to_images(jax.vmap(lambda x_S, at_K: x_S[at_K])(x, slice_BK)), skips
-    )
+    return jax.tree.map(lambda x: clips_to_images(_take(x, slice_BK)), skips)
+
+
+def _take(x_NS: Array, at: Array) -> Array:
+    """Take, in each row, what stands at these places of its slices."""
+    return jax.vmap(lambda x_S, own: x_S[own])(x_NS, at)
 
 
 def carry_classes(
@@ -130,7 +132,7 @@ def carry_classes(
     _, found = jax.lax.scan(visit, begin, steps)
 
     def in_order(x_SN: Array) -> Array:
-        x_NS = jax.vmap(lambda x_S, at_S: x_S[at_S])(jnp.moveaxis(x_SN, 0, 1), route.step_NS)
+        x_NS = _take(jnp.moveaxis(x_SN, 0, 1), route.step_NS)
         x_BKS = x_NS[:, :, 0].reshape(batch, classes, slices, *x_NS.shape[3:])
         return clips_to_images(jnp.swapaxes(x_BKS, 1, 2))
 
@@ -195,14 +197,14 @@ class _Walk(NamedTuple):
         def held(x: Array) -> Array:
             return jnp.where(cut, jax.lax.stop_gradient(x), x)
 
-        return TwoWays(*(MemoryBank(*map(held, bank)) for bank in ways))
+        return jax.tree.map(held, ways)
 
     def _prompts_on(self, slice_N: Array) -> tuple[Prompts, MaskPrompts | None]:
         """Prompts of each object on its slice, with K = 1."""
 
         def pick(x_BSK: Array) -> Array:
             x_NS = clips_to_images(jnp.moveaxis(x_BSK, 2, 1))
-            return jax.vmap(lambda x_S, at: x_S[at])(x_NS, slice_N)[:, None]
+            return _take(x_NS, slice_N)[:, None]
 
         own = self.prompts
         points = Prompts(pick(own.points_BSKQ2), pick(own.labels_BSKQ))

@@ -10,7 +10,6 @@ import jax.numpy as jnp
 
 from sss_jax import losses
 from sss_jax.axes import Array, Bool, Float, Int
-from sss_jax.models.sss import SegmentOutput
 from sss_jax.options import Options
 from sss_jax.ssl.batches import cut, join
 from sss_jax.ssl.network import Features, Network
@@ -58,16 +57,27 @@ def make_pseudo_labels(
     features = teacher.encode(clips_to_images(views.weak_BSHWC))
     coarse = images_to_clips(teacher.coarse_foreground(features), slices)
     prompts, prompts_valid = clip_prompts(coarse, slice_mask_BS, width, options.pcsw)
+    size = (height, width)
+    target = _decide(teacher, features, prompts, slice_mask_BS, size, options, recall)
+    return jax.lax.stop_gradient(PseudoLabels(features, coarse, target, prompts_valid))
+
+
+def _decide(
+    teacher: Network,
+    features: Features,
+    prompts: ClipPrompts,
+    slice_mask_BS: Array,
+    size: tuple[int, int],
+    options: Options,
+    recall: Recall | None,
+) -> Target:
+    """Segment clips and take the most probable class of every pixel."""
     if recall is None:
         output = segment_clips(teacher, features, prompts, slice_mask_BS, options)
     else:
         output, _ = segment_images(teacher, features, prompts, recall)
-    target = _decide(output, slices, (height, width))
-    return jax.lax.stop_gradient(PseudoLabels(features, coarse, target, prompts_valid))
-
-
-def _decide(output: SegmentOutput, slices: int, size: tuple[int, int]) -> Target:
     probability = jax.nn.softmax(losses.upsample_logits(output.logits_BHWK1, size))
+    slices = slice_mask_BS.shape[1]
     return Target(
         images_to_clips(jnp.argmax(probability, axis=-1), slices),
         images_to_clips(jnp.max(probability, axis=-1), slices),
@@ -99,11 +109,8 @@ def lifted_targets(
         options: all settings.
         recall: the self-sorting bank, for the images of all strong views together.
     """
-    _, slices, height, width = views.valid_BSHW.shape
+    height, width = views.valid_BSHW.shape[2:]
     together = join([slice_mask_BS] * len(lifted))
-    if recall is None:
-        output = segment_clips(teacher, join(lifted), join(prompts), together, options)
-    else:
-        output, _ = segment_images(teacher, join(lifted), join(prompts), recall)
-    target = _decide(output, slices, (height, width))
+    size = (height, width)
+    target = _decide(teacher, join(lifted), join(prompts), together, size, options, recall)
     return cut(jax.lax.stop_gradient(target), [len(slice_mask_BS)] * len(lifted))
