@@ -64,7 +64,8 @@ def load_predictor(workdir: Path, which: str = "best") -> Predictor:
         params, meta = checkpointer.load_params(which, entry)
         net = params["net"] if entry == "params" else params
         if options.memory.kind == "self_sorting":
-            net = {"net": net, "bank": checkpointer.load_params(which, "bank")[0]}
+            # Of the same step: a run that goes on may have made another one the latest meanwhile.
+            net = {"net": net, "bank": checkpointer.load_params(meta["step"], "bank")[0]}
     origin = {
         "workdir": str(workdir.resolve()),
         "step": meta["step"],
