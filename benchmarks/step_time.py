@@ -3,8 +3,7 @@
 Compiles the step of every variant (the method as it is, then with one mechanism switched off at a
 time) on synthetic clips of the configuration's shapes, and times them alternately, so that a change
 of load hits all. What a mechanism costs is the difference to the step without it. `--count` only
-counts floating-point operations, which needs neither time nor memory for the largest network (the
-body of a loop counts once: set memory.kind=none).
+counts floating-point operations, which needs neither time nor memory for the largest network.
 """
 
 import argparse
@@ -18,13 +17,11 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from sss_jax import config
+from sss_jax import config, flops
 from sss_jax.benchmarks import result
-from sss_jax.models.sss import build_model
 from sss_jax.options import Options
-from sss_jax.ssl.self_sorting import empty_bank
-from sss_jax.train.mesh import make_driver
-from sss_jax.train.optimizer import make_optimizer
+from sss_jax.train.mesh import batch_fields, make_driver
+from sss_jax.train.setup import set_up
 from sss_jax.train.state import init_all_params, state_of
 from sss_jax.train.step import make_train_step, root_key
 
@@ -89,38 +86,30 @@ def count_all(variants: dict[str, Options]) -> list[dict[str, Any]]:
     ]
 
 
-def count(options: Options) -> float:
-    """Count the floating-point operations of one step on shapes alone."""
-    model = build_model(options)
-    params = jax.eval_shape(lambda key: init_all_params(model, options, key), root_key(0))
-    optimizer = make_optimizer(options.optimizer, options.train.steps, params)
-    memory = empty_bank(model, options.memory)
-    state = jax.eval_shape(lambda p: state_of(p, optimizer, memory), params)
-    step = jax.jit(make_train_step(model, options, optimizer))
-    cost = step.lower(state, synthetic_batch(options), root_key(0)).cost_analysis() or {}
-    return cost.get("flops", 0.0)
+def count(options: Options) -> int:
+    """Count the operations of the products and convolutions of one step, on shapes alone."""
+    model, optimizer, _, state = set_up(options)
+    step = make_train_step(model, options, optimizer)
+    return flops.count(step, state, batch_fields(options), jax.eval_shape(lambda: root_key(0)))
 
 
 def compile_step(name: str, options: Options) -> Compiled:
     """Compile the step of one variant and look at what came out."""
-    model = build_model(options)
+    model, optimizer, memory, shapes = set_up(options)
     key = root_key(0)
-    params = init_all_params(model, options, key)
-    optimizer = make_optimizer(options.optimizer, options.train.steps, params)
-    driver = make_driver(model, options, optimizer)
-    memory = empty_bank(model, options.memory)
-    state = driver.place_state(state_of(params, optimizer, memory))
+    driver = make_driver(model, options, optimizer, shapes)
+    state = driver.create(lambda: state_of(init_all_params(model, options, key), optimizer, memory))
     batch, key = driver.place_batch(synthetic_batch(options)), driver.place_key(key)
     began = time.monotonic()
     step = driver.step.lower(state, batch, key).compile()
     seconds = time.monotonic() - began
-    cost, memory = step.cost_analysis() or {}, step.memory_analysis()
+    cost, sizes = step.cost_analysis() or {}, step.memory_analysis()
     facts = {
         "variant": name,
         "compile_s": round(seconds, 1),
         "xla_gflop": round(cost.get("flops", 0) / 1e9, 2),
         "xla_gbytes": round(cost.get("bytes accessed", 0) / 1e9, 2),
-        "temporary_mib": memory.temp_size_in_bytes >> 20,
+        "temporary_mib": sizes.temp_size_in_bytes >> 20,
     }
     print(facts, file=sys.stderr, flush=True)
     return Compiled(step, state, batch, key, facts)

@@ -20,9 +20,13 @@ CPU_OPTIONS = {
 }
 
 
-def compiler_options() -> dict[str, str]:
-    """Return the options for the default device; those that this version of XLA knows."""
-    if jax.default_backend() != "cpu":
+def compiler_options(platform: str | None = None) -> dict[str, str]:
+    """Return the options for a platform; those that this version of XLA knows.
+
+    Args:
+        platform: "cpu", "gpu" or "tpu"; by default that of the default device.
+    """
+    if (platform or jax.default_backend()) != "cpu":
         return {}
     return {name: value for name, value in CPU_OPTIONS.items() if _known(name, value)}
 

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 from sss_jax.axes import Array, Bool, Float, Int
 from sss_jax.options import LossOptions
-from sss_jax.parallel import psum
+from sss_jax.parallel import Axis, psum
 
 __all__ = [
     "confident_share",
@@ -67,7 +67,7 @@ def _pixel_cross_entropy(
 
 
 def _ratio(
-    numerator: Float[Array, ""], count: Float[Array, ""], axis: str | None
+    numerator: Float[Array, ""], count: Float[Array, ""], axis: Axis | None
 ) -> Float[Array, ""]:
     """Global sum over global count; exactly 0 where nothing counts."""
     return psum(numerator, axis) / jnp.maximum(psum(count, axis), 1.0)
@@ -82,7 +82,7 @@ def cross_entropy(
     logits_NHWL: Float[Array, "N H W L"],
     label_NHW: Int[Array, "N H W"],
     valid_NHW: Bool[Array, "N H W"],
-    axis: str | None = None,
+    axis: Axis | None = None,
 ) -> Float[Array, ""]:
     """Mean cross-entropy over the valid pixels of the global batch.
 
@@ -104,7 +104,7 @@ def dice_loss(
     label_NHW: Int[Array, "N H W"],
     valid_NHW: Bool[Array, "N H W"],
     smooth: float,
-    axis: str | None = None,
+    axis: Axis | None = None,
 ) -> Float[Array, ""]:
     """Soft Dice loss over the global batch, mean over the classes it is about.
 
@@ -149,12 +149,13 @@ def dice_loss(
     return jnp.sum(loss_K) / jnp.maximum(jnp.sum(counts_K, dtype=jnp.float32), 1.0)
 
 
+@jax.named_scope("losses")
 def supervised_loss(
     logits_NHWL: Float[Array, "N H W L"],
     label_NHW: Int[Array, "N H W"],
     valid_NHW: Bool[Array, "N H W"],
     options: LossOptions,
-    axis: str | None = None,
+    axis: Axis | None = None,
 ) -> Float[Array, ""]:
     """Weighted sum of cross-entropy and soft Dice.
 
@@ -173,6 +174,7 @@ def supervised_loss(
     return options.cross_entropy * entropy + options.dice * dice
 
 
+@jax.named_scope("losses")
 def unlabelled_loss(
     logits_NHWL: Float[Array, "N H W L"],
     pseudo_label_NHW: Int[Array, "N H W"],
@@ -182,7 +184,7 @@ def unlabelled_loss(
     *,
     dice: bool,
     smooth: float,
-    axis: str | None = None,
+    axis: Axis | None = None,
 ) -> Float[Array, ""]:
     """Consistency loss of one strong view against the pseudo-label.
 
@@ -216,18 +218,19 @@ def confident_share(
     confidence_NHW: Float[Array, "N H W"],
     valid_NHW: Bool[Array, "N H W"],
     tau: float,
-    axis: str | None = None,
+    axis: Axis | None = None,
 ) -> Float[Array, ""]:
     """Share of the valid pixels whose pseudo-label is used; 0 if no pixel is valid."""
     return _ratio(_count(valid_NHW & (confidence_NHW >= tau)), _count(valid_NHW), axis)
 
 
+@jax.named_scope("losses")
 def iou_loss(
     predicted_NK: Float[Array, "N K"],
     logits_NHWL: Float[Array, "N H W L"],
     label_NHW: Int[Array, "N H W"],
     valid_NHW: Bool[Array, "N H W"],
-    axis: str | None = None,
+    axis: Axis | None = None,
 ) -> Float[Array, ""]:
     """L1 distance between the predicted and the true IoU of each class's mask.
 
@@ -260,11 +263,12 @@ def iou_loss(
     return _ratio(jnp.sum(jnp.abs(predicted_NK - true_NK)), count, axis)
 
 
+@jax.named_scope("losses")
 def presence_loss(
     score_NK: Float[Array, "N K"],
     label_NHW: Int[Array, "N H W"],
     valid_NHW: Bool[Array, "N H W"],
-    axis: str | None = None,
+    axis: Axis | None = None,
 ) -> Float[Array, ""]:
     """Binary cross-entropy of the object score: is the class in this image?
 

@@ -166,7 +166,12 @@ class SemiOptions:
     ema_decay: float = option(0.996, "largest decay of the teacher", low=0, high=1)
     confidence: float = option(0.95, "tau_c: confidence a pseudo-label needs", low=0, high=1)
     weight: float = option(1.0, "lambda_u: weight of the unlabelled loss", low=0)
-    ramp_steps: int = option(0, "steps over which lambda_u grows from 0", low=0)
+    ramp_steps: int = option(0, "steps over which lambda_u grows; 0: at once", low=0)
+    ramp: str = option(
+        "linear",
+        "shape of that growth; gaussian: exp(-5 (1 - t)^2), next to nothing in the first third",
+        choices=("linear", "gaussian"),
+    )
     unlabelled_dice: bool = option(False, "add Dice on the confident pixels")
     dropout: bool = option(True, "complementary channel dropout between the two strong views")
     labelled_prompts: str = option(
@@ -213,6 +218,9 @@ class TrainOptions:
     steps: int = option(10_000, "optimizer steps", low=1)
     labelled_batch: int = option(4, "labelled clips in a global batch", low=1)
     unlabelled_batch: int = option(4, "unlabelled clips in a global batch", low=1)
+    accumulate: int = option(
+        1, "micro-batches whose gradients are averaged; each is a batch of its own", low=1
+    )
     seed: int = option(0, "seed of parameters, data order and augmentation", low=0)
     parallel: str = option("mesh", "driver of the step", choices=("mesh", "pmap"))
     log_every: int = option(10, "steps between log lines", low=1)
@@ -225,6 +233,19 @@ class TrainOptions:
         0, "keep the first n labelled subjects, the rest becomes unlabelled; 0: all", low=0
     )
     nonfinite_limit: int = option(1, "non-finite steps before the run stops", low=1)
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshOptions:
+    """Axes of the device mesh; their product is the number of devices."""
+
+    data: int = option(
+        -1, "devices over which clips are spread; -1: what the other axes leave", low=-1
+    )
+    fsdp: int = option(
+        1, "devices that share parameters, teacher and optimizer; clips are spread too", low=1
+    )
+    context: int = option(1, "devices that share the rows of every image", low=1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -261,4 +282,5 @@ class Options:
     loss: LossOptions = dataclasses.field(default_factory=LossOptions)
     optimizer: OptimizerOptions = dataclasses.field(default_factory=OptimizerOptions)
     train: TrainOptions = dataclasses.field(default_factory=TrainOptions)
+    mesh: MeshOptions = dataclasses.field(default_factory=MeshOptions)
     eval: EvalOptions = dataclasses.field(default_factory=EvalOptions)

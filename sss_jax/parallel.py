@@ -16,40 +16,44 @@ import jax.numpy as jnp
 
 from sss_jax.axes import Array, Int, PyTree
 
-__all__ = ["axis_index", "axis_size", "gather", "pmean", "psum", "reverse_batch", "rows"]
+__all__ = ["Axis", "axis_index", "axis_size", "gather", "pmean", "psum", "reverse_batch", "rows"]
+
+Axis = str | tuple[str, ...]
+"""Name of the device axis; several names together count as one axis, the last one fastest."""
 
 
-def psum(tree: PyTree, axis: str | None) -> PyTree:
+def psum(tree: PyTree, axis: Axis | None) -> PyTree:
     """Sum every leaf over the device axis."""
     return tree if axis is None else jax.lax.psum(tree, axis)
 
 
-def pmean(tree: PyTree, axis: str | None) -> PyTree:
+def pmean(tree: PyTree, axis: Axis | None) -> PyTree:
     """Average every leaf over the device axis."""
     return tree if axis is None else jax.lax.pmean(tree, axis)
 
 
-def gather(tree: PyTree, axis: str | None) -> PyTree:
+def gather(tree: PyTree, axis: Axis | None) -> PyTree:
     """Join every leaf's rows of all devices to the global batch."""
     return tree if axis is None else jax.lax.all_gather(tree, axis, tiled=True)
 
 
-def axis_size(axis: str | None) -> int:
+def axis_size(axis: Axis | None) -> int:
     """Number of devices on the axis."""
     return 1 if axis is None else jax.lax.axis_size(axis)
 
 
-def axis_index(axis: str | None) -> Int[Array, ""]:
+def axis_index(axis: Axis | None) -> Int[Array, ""]:
     """Position of this device on the axis."""
     return jnp.zeros((), jnp.int32) if axis is None else jax.lax.axis_index(axis)
 
 
-def rows(batch: int, axis: str | None) -> Int[Array, " B"]:
+def rows(batch: int, axis: Axis | None) -> Int[Array, " B"]:
     """Places, in the global batch, of the `batch` rows held here."""
     return axis_index(axis) * batch + jnp.arange(batch, dtype=jnp.int32)
 
 
-def reverse_batch(tree: PyTree, axis: str | None) -> PyTree:
+@jax.named_scope("cutmix_partner")
+def reverse_batch(tree: PyTree, axis: Axis | None) -> PyTree:
     """Reverse the global batch: row g of every leaf becomes row G - 1 - g."""
     flipped = jax.tree.map(lambda x: jnp.flip(x, 0), tree)
     if axis is None:

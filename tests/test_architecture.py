@@ -11,7 +11,7 @@ PACKAGE = ROOT / "sss_jax"
 # Rooms in the order in which they may import: a module imports from its own rank or a lower one.
 ORDER = [
     {"errors", "options", "axes", "atomic", "png"},
-    {"config", "parallel", "compiling"},
+    {"config", "parallel", "compiling", "flops", "hlo", "topology", "roofline"},
     {"data"},
     {"augment"},
     {"models"},
@@ -19,7 +19,7 @@ ORDER = [
     {"metrics", "losses"},
     {"ssl"},
     {"train"},
-    {"evaluate", "predict", "report", "doctor", "sam2"},
+    {"evaluate", "predict", "report", "doctor", "sam2", "estimate"},
     {"cli"},
 ]
 RANK = {room: rank for rank, rooms in enumerate(ORDER) for room in rooms}

@@ -5,13 +5,13 @@ import jax.numpy as jnp
 
 from sss_jax.augment.keys import example_keys
 from sss_jax.axes import Array, Float, Int, Key
-from sss_jax.parallel import axis_size, rows
+from sss_jax.parallel import Axis, axis_size, rows
 
 __all__ = ["complementary_masks"]
 
 
 def complementary_masks(
-    key: Key[Array, ""], id_B: Int[Array, " B"], width: int, axis: str | None, level: int = 0
+    key: Key[Array, ""], id_B: Int[Array, " B"], width: int, axis: Axis | None, level: int = 0
 ) -> tuple[Float[Array, "B C"], Float[Array, "B C"]]:
     """Draw the channel factors of both strong views for one feature level.
 

@@ -273,6 +273,7 @@ def search_prompts(
     return _prompt_slices(mask_SHW, window, options)
 
 
+@jax.named_scope("pcsw")
 def clip_prompts(
     prob_BSHWK: Float[Array, "B S H W K"],
     slice_mask_BS: Bool[Array, "B S"],

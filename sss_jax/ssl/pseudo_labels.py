@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from sss_jax import losses
 from sss_jax.axes import Array, Bool, Float, Int
 from sss_jax.options import Options
+from sss_jax.parallel import Axis
 from sss_jax.ssl.batches import cut, join
 from sss_jax.ssl.network import Features, Network
 from sss_jax.ssl.pcsw import clip_prompts
@@ -84,7 +85,7 @@ def _decide(
     )
 
 
-def mix_target(box_B4: Float[Array, "B 4"], target: Target, axis: str | None) -> Target:
+def mix_target(box_B4: Float[Array, "B 4"], target: Target, axis: Axis | None) -> Target:
     """Paste what the teacher says where a strong view's image is pasted."""
     return Target(*(mix(box_B4, x, axis) for x in target))
 

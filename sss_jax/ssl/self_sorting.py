@@ -25,7 +25,7 @@ from sss_jax.axes import Array, Bool, Float, Int, Key, PyTree
 from sss_jax.models.mask_decoder import Skips
 from sss_jax.models.sss import SegmentOutput, SSSModel, as_classes
 from sss_jax.options import MemoryOptions
-from sss_jax.parallel import gather
+from sss_jax.parallel import Axis, gather
 from sss_jax.ssl.network import Features, Network
 from sss_jax.ssl.prompts import ClipPrompts
 
@@ -165,7 +165,7 @@ def unit(x: Float[Array, "... E"]) -> Float[Array, "... E"]:
 
 
 def remember_images(
-    bank: ImageBank, new: Newcomers, valid_N: Bool[Array, " N"], axis: str | None = None
+    bank: ImageBank, new: Newcomers, valid_N: Bool[Array, " N"], axis: Axis | None = None
 ) -> ImageBank:
     """Offer images to the bank, one after the other in the order of the global batch.
 

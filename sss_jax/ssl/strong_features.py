@@ -8,6 +8,7 @@ import jax.numpy as jnp
 
 from sss_jax.axes import Array, Key, PyTree
 from sss_jax.options import Options
+from sss_jax.parallel import Axis
 from sss_jax.ssl import dfe, dropout
 from sss_jax.ssl.network import Features, Network
 from sss_jax.ssl.prompts import clips_to_images, images_to_clips
@@ -23,7 +24,7 @@ def view_volumes(
     views: UnlabelledViews,
     pseudo: PseudoLabels,
     options: Options,
-    axis: str | None,
+    axis: Axis | None,
 ) -> list[Array]:
     """Masks that prompt the strong views: the weak pseudo-masks (sketch) or their own (figure).
 
@@ -37,7 +38,7 @@ def view_volumes(
 
 
 def drop_channels(
-    key: Key[Array, ""], strong: list[Features], ids: Array, options: Options, axis: str | None
+    key: Key[Array, ""], strong: list[Features], ids: Array, options: Options, axis: Axis | None
 ) -> list[Features]:
     """Drop complementary channels of the two strong views, level by level."""
     if not options.semi.dropout:
@@ -52,13 +53,14 @@ def drop_channels(
     return [tuple(view) for view in views]
 
 
+@jax.named_scope("dfe")
 def enhance_views(
     params: PyTree,
     pseudo: PseudoLabels,
     strong: list[Features],
     views: UnlabelledViews,
     options: Options,
-    axis: str | None,
+    axis: Axis | None,
 ) -> tuple[list[Features], list[Features], Aux]:
     """Run DFE on each strong view; the weak side is projected once and pasted like the image.
 
@@ -90,7 +92,7 @@ def enhance_views(
     return [features for features, _ in merged], jax.lax.stop_gradient(lifted), similarity
 
 
-def _pasted(maps: PyTree, views: UnlabelledViews, axis: str | None) -> list[PyTree]:
+def _pasted(maps: PyTree, views: UnlabelledViews, axis: Axis | None) -> list[PyTree]:
     """Paste maps of the weak view's images along the box of each strong view."""
     slices = views.valid_BSHW.shape[1]
 

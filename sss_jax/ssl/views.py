@@ -10,7 +10,7 @@ from sss_jax.augment.strong import box_mask, cutmix_box, paste, photometric
 from sss_jax.augment.weak import weak_view
 from sss_jax.axes import Array, Bool, Float, Int, Key
 from sss_jax.options import Options
-from sss_jax.parallel import reverse_batch
+from sss_jax.parallel import Axis, reverse_batch
 
 
 class LabelledView(NamedTuple):
@@ -36,6 +36,7 @@ class UnlabelledViews(NamedTuple):
     strong: tuple[StrongView, ...]
 
 
+@jax.named_scope("augment")
 def labelled_view(key: Key[Array, ""], clips: dict[str, Array], options: Options) -> LabelledView:
     """Make the weak (geometric) view of labelled clips."""
     keys = example_keys(key, clips["id"])
@@ -46,8 +47,9 @@ def labelled_view(key: Key[Array, ""], clips: dict[str, Array], options: Options
     return LabelledView(image, label, _valid(inside, clips["slice_mask"]))
 
 
+@jax.named_scope("augment")
 def unlabelled_views(
-    key: Key[Array, ""], clips: dict[str, Array], options: Options, axis: str | None
+    key: Key[Array, ""], clips: dict[str, Array], options: Options, axis: Axis | None
 ) -> UnlabelledViews:
     """Make the weak view of unlabelled clips and, from it, the strong ones.
 
@@ -62,7 +64,7 @@ def unlabelled_views(
     return UnlabelledViews(image, _valid(inside, clips["slice_mask"]), strong)
 
 
-def mix(box_B4: Float[Array, "B 4"], x: Array, axis: str | None) -> Array:
+def mix(box_B4: Float[Array, "B 4"], x: Array, axis: Axis | None) -> Array:
     """Paste each clip's box from its CutMix partner, the clip at the mirrored batch position.
 
     Works on arrays [B, S, H, W] or [B, S, H, W, C] of any resolution: images, pseudo-labels,
@@ -73,7 +75,7 @@ def mix(box_B4: Float[Array, "B 4"], x: Array, axis: str | None) -> Array:
 
 
 def _strong_view(
-    key: Key[Array, ""], weak: Array, clips: dict[str, Array], options: Options, axis: str | None
+    key: Key[Array, ""], weak: Array, clips: dict[str, Array], options: Options, axis: Axis | None
 ) -> StrongView:
     key_photometric, key_box = jax.random.split(key)
     image = jax.vmap(lambda k, x, mask: photometric(k, x, options.strong, mask))(

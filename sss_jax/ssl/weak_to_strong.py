@@ -20,7 +20,8 @@ import jax.numpy as jnp
 from sss_jax import losses
 from sss_jax.axes import Array, Float, Int, Key, PyTree
 from sss_jax.models.sss import SegmentOutput, SSSModel
-from sss_jax.options import Options
+from sss_jax.options import Options, SemiOptions
+from sss_jax.parallel import Axis
 from sss_jax.ssl import labelled_prompts
 from sss_jax.ssl.batches import cut, join
 from sss_jax.ssl.network import Features, Network
@@ -51,7 +52,7 @@ def sss_loss(
     *,
     model: SSSModel,
     options: Options,
-    axis: str | None = None,
+    axis: Axis | None = None,
     bank: ImageBank | None = None,
 ) -> tuple[Float[Array, ""], Aux]:
     """Compute the loss of one step and what is worth logging.
@@ -106,7 +107,7 @@ def sss_loss(
             seen = recalls.strong(bank, len(own))
             targets = lifted_targets(tutor, lifted, own, mask, views, options, seen)
         unlabelled, shares = _unlabelled_loss(outputs[1:], targets, views, options, axis)
-        loss += options.semi.weight * _ramp(step, options.semi.ramp_steps) * unlabelled
+        loss += options.semi.weight * _ramp(step, options.semi) * unlabelled
         aux |= {"loss_unlabelled": unlabelled} | shares
         aux |= similarity
         if options.pcsw.enabled:
@@ -147,7 +148,7 @@ def _segment_student(
     masks: list[Array],
     recalls: _Recalls,
     options: Options,
-    axis: str | None,
+    axis: Axis | None,
 ) -> tuple[list[SegmentOutput], ImageBank | None]:
     """Segment labelled clips and strong views; also return the self-sorting bank after the step."""
     sizes = [mask.size for mask in masks]
@@ -204,7 +205,7 @@ def _labelled_loss(
     output: SegmentOutput,
     view: LabelledView,
     options: Options,
-    axis: str | None,
+    axis: Axis | None,
 ) -> tuple[Array, Aux]:
     label, valid = clips_to_images(view.label_BSHW), clips_to_images(view.valid_BSHW)
     weights, size = options.loss, (label.shape[1], label.shape[2])
@@ -226,7 +227,7 @@ def _unlabelled_loss(
     targets: list[Target],
     views: UnlabelledViews,
     options: Options,
-    axis: str | None,
+    axis: Axis | None,
 ) -> tuple[Array, Aux]:
     """Average the consistency loss over the strong views; also return the trusted shares.
 
@@ -256,7 +257,12 @@ def _unlabelled_loss(
     return total / count, {name: share / count for name, share in shares.items()}
 
 
-def _ramp(step: Array, ramp_steps: int) -> Array:
-    if ramp_steps == 0:
+def _ramp(step: Array, options: SemiOptions) -> Array:
+    """Share of the unlabelled loss that counts at a step.
+
+    The Gaussian is that of Laine & Aila (2017) and Tarvainen & Valpola (2017).
+    """
+    if options.ramp_steps == 0:
         return jnp.ones(())
-    return jnp.minimum(1.0, step.astype(jnp.float32) / ramp_steps)
+    done = jnp.minimum(1.0, step.astype(jnp.float32) / options.ramp_steps)
+    return done if options.ramp == "linear" else jnp.exp(-5.0 * (1.0 - done) ** 2)

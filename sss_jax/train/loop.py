@@ -12,17 +12,16 @@ from sss_jax.axes import PyTree
 from sss_jax.data.cases import Split
 from sss_jax.data.pipeline import Loader
 from sss_jax.errors import Preempted
-from sss_jax.models.sss import build_model
 from sss_jax.options import Options
-from sss_jax.ssl.self_sorting import empty_bank
 from sss_jax.ssl.volume import make_volume_function
 from sss_jax.train import run
 from sss_jax.train.checkpoint import Checkpointer
 from sss_jax.train.guard import NonFiniteGuard, StopSignal, WorkdirLock
 from sss_jax.train.log import MetricsLog, Progress
 from sss_jax.train.mesh import Driver, make_driver
-from sss_jax.train.optimizer import learning_rate, make_optimizer
+from sss_jax.train.optimizer import learning_rate
 from sss_jax.train.pretrained import with_converted
+from sss_jax.train.setup import set_up
 from sss_jax.train.state import init_all_params, state_of
 from sss_jax.train.step import root_key
 from sss_jax.train.validate import validate
@@ -70,8 +69,8 @@ class _Run:
             split, options.model, options.data, options.train, semi=options.semi.enabled
         )
         self.log = MetricsLog(workdir)
-        self.model = build_model(options)
-        self.volume = make_volume_function(self.model, options)
+        self.setup = set_up(options)
+        self.volume = make_volume_function(self.setup.model, options)
         self.guard = NonFiniteGuard(options.train.nonfinite_limit, self._case_names)
 
     def to_the_end(self) -> dict[str, Any]:
@@ -99,19 +98,20 @@ class _Run:
     def _start(self, key: jax.Array) -> tuple[Driver, PyTree, int]:
         """Return the driver and the state to go on from: the newest good one, or step 0."""
         options = self.options
-        shapes = jax.eval_shape(lambda k: init_all_params(self.model, options, k), key)
-        optimizer = make_optimizer(options.optimizer, options.train.steps, shapes)
-        driver = make_driver(self.model, options, optimizer)
-        memory = empty_bank(self.model, options.memory)
-        target = jax.eval_shape(lambda params: state_of(params, optimizer, memory), shapes)
+        model, optimizer, memory, target = self.setup
+
+        def begin() -> PyTree:
+            params = with_converted(init_all_params(model, options, key), options)
+            return state_of(params, optimizer, memory)
+
+        driver = make_driver(model, options, optimizer, target)
         restored = self.checkpointer.restore(target)
-        if restored is None:
-            params = with_converted(init_all_params(self.model, options, key), options)
-            state, start = state_of(params, optimizer, memory), 0
-        else:
-            state, start = restored.state, restored.step
-        self.log.truncate(start)
-        return driver, driver.place_state(state), start
+        self.log.truncate(restored.step if restored else 0)
+        if restored:
+            return driver, driver.place_state(restored.state), restored.step
+        # Converted weights are constants of hundreds of megabytes: not for a compiled function.
+        state = driver.place_state(begin()) if options.model.init else driver.create(begin)
+        return driver, state, 0
 
     def _steps(
         self,
@@ -156,7 +156,7 @@ class _Run:
         self.guard.check()
         single = driver.fetch(state)
         if self._due(done) and not stop:
-            self._validate_and_save(done, single, progress)
+            self._validate_and_save(done, driver, single, progress)
         else:
             run.save(self.checkpointer, done, single)
         meter.restart()
@@ -179,24 +179,27 @@ class _Run:
     def _catch_up(self, start: int, driver: Driver, state: PyTree, progress: Progress) -> None:
         """Do the validation that a stopped run still owes for the step it stopped at."""
         if start and self._due(start) and not self._validated(start):
-            self._validate_and_save(start, driver.fetch(state), progress)
+            self._validate_and_save(start, driver, driver.fetch(state), progress)
 
-    def _validate_and_save(self, done: int, state: PyTree, progress: Progress) -> None:
+    def _validate_and_save(
+        self, done: int, driver: Driver, state: PyTree, progress: Progress
+    ) -> None:
         """Save the state with its validation score; without one if a signal came meanwhile."""
-        scores = self._validate(state)
+        scores = self._validate(driver, state)
         run.save(self.checkpointer, done, state, scores)
         if scores is not None:
             row = {"kind": "val", "step": done, **scores}
             self.log.write(row)
             progress.message(_line(row))
 
-    def _validate(self, state: PyTree) -> dict[str, float] | None:
+    def _validate(self, driver: Driver, state: PyTree) -> dict[str, float] | None:
         if not self.split.val:
             return None
         name = self.options.eval.weights
         params = state["ema"] if name == "ema" else state["params"]["net"]
         if "bank" in state:
             params = {"net": params, "bank": state["bank"]}
+        params = driver.local(params)
         return validate(
             self.volume, params, self.split.val, self.options, lambda: self.stop.requested
         )

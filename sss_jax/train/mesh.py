@@ -1,83 +1,173 @@
 """Drivers of the step: one pure function, over a mesh (default) or under pmap."""
 
 import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 import optax
-from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from sss_jax.axes import PyTree
 from sss_jax.compiling import LARGE_IMAGE, compiler_options
 from sss_jax.errors import ConfigError
 from sss_jax.models.sss import SSSModel
-from sss_jax.options import Options
-from sss_jax.train.step import TrainStep, make_train_step
-
-AXIS = "data"
+from sss_jax.options import MeshOptions, Options
+from sss_jax.parallel import pmean
+from sss_jax.train import sharding
+from sss_jax.train.sharding import CLIPS, CONTEXT, DATA
+from sss_jax.train.step import (
+    Exchange,
+    GradientFunction,
+    Gradients,
+    TrainStep,
+    make_gradients,
+    make_train_step,
+)
 
 
 class Driver(NamedTuple):
     """A compiled step with the functions that place its arguments.
 
-    `step(state, batch, key)` donates the state; `place_state` copies a host or single-device state
-    to every device, `place_batch` cuts a host batch along its first axis, `fetch` brings a state
-    back to one copy.
+    Attributes:
+        step: `step(state, batch, key)`; donates the state.
+        create: calls a function without arguments that makes a state, where the step wants it.
+        place_state: puts a host or single-device state there; every process has all of it.
+        place_batch: puts this process's part of a host batch where the step wants it.
+        place_key: the same for the key.
+        fetch: a state with the shapes of one copy, still spread over devices where it is cut.
+        local: a part of such a state, whole, on one device of this process.
     """
 
     step: TrainStep
-    place_state: Any
-    place_batch: Any
-    place_key: Any
-    fetch: Any
+    create: Callable[[Callable[[], PyTree]], PyTree]
+    place_state: Callable[[PyTree], PyTree]
+    place_batch: Callable[[PyTree], PyTree]
+    place_key: Callable[[PyTree], PyTree]
+    fetch: Callable[[PyTree], PyTree]
+    local: Callable[[PyTree], PyTree]
 
 
 def make_driver(
     model: SSSModel,
     options: Options,
     optimizer: optax.GradientTransformation,
+    state: PyTree,
     devices: list[jax.Device] | None = None,
 ) -> Driver:
     """Return the driver named by `train.parallel` over `devices` (default: all).
 
+    Args:
+        model: the network.
+        options: all settings.
+        optimizer: transformation of the gradients.
+        state: the train state, or its shapes.
+        devices: the devices of all processes.
+
     Raises:
-        ConfigError: a batch that the devices cannot share evenly.
+        ConfigError: a batch or a mesh that does not fit the devices.
     """
     devices = devices or jax.devices()
-    _check_divisible(options, len(devices))
-    make = _pmap_driver if options.train.parallel == "pmap" else _mesh_driver
-    return make(model, options, optimizer, devices)
+    if options.train.parallel == "pmap":
+        return _pmap_driver(model, options, optimizer, devices)
+    return _mesh_driver(model, options, optimizer, state, devices)
 
 
-def data_mesh(devices: list[jax.Device]) -> Mesh:
-    """Return a mesh with the one axis `data` over these devices."""
-    return Mesh(np.array(devices), (AXIS,), axis_types=(AxisType.Auto,))
+def make_mesh_step(
+    model: SSSModel,
+    options: Options,
+    optimizer: optax.GradientTransformation,
+    state: PyTree,
+    batch: PyTree,
+    mesh: Mesh,
+) -> tuple[Any, PyTree, PyTree]:
+    """Return the jitted step over a mesh, and the shardings of its state and its batch.
+
+    The gradient is taken in `shard_map`, where every exchange between devices is written down;
+    the optimizer and the teacher follow array by array as the state lies. `state` and `batch` may
+    be shapes, and the mesh one of devices that are not here.
+    """
+    cuts = sharding.specs(state, mesh)
+    placed = sharding.place(cuts, mesh)
+    rows = sharding.place(sharding.batch_specs(batch), mesh)
+    replicated = NamedSharding(mesh, P())
+    large = options.model.image_size >= LARGE_IMAGE
+    gradients = _over_mesh(model, options, mesh, cuts, sharding.batch_specs(batch, rows=False))
+    step = jax.jit(
+        make_train_step(model, options, optimizer, gradients=gradients),
+        in_shardings=(placed, rows, replicated),
+        out_shardings=(placed, replicated),
+        donate_argnums=0,
+        compiler_options=compiler_options(mesh.devices.flat[0].platform) if large else {},
+    )
+    return step, placed, rows
+
+
+def _over_mesh(
+    model: SSSModel, options: Options, mesh: Mesh, cuts: PyTree, batch_cuts: PyTree
+) -> GradientFunction:
+    """Wrap the gradient: clips and parameters by hand, rows of images by the compiler."""
+    net = cuts["ema"] if options.semi.teacher == "ema" else cuts["params"]["net"]
+    held = {"params": cuts["params"], "ema": net}
+    exchange = Exchange(
+        whole=lambda shards: sharding.whole(shards, held),
+        reduce=lambda gradients: sharding.reduce(gradients, cuts["params"]),
+        mean=functools.partial(pmean, axis=CLIPS),
+    )
+    everywhere: Any = P()
+    # A compiler that need not split rows is left nothing to decide.
+    by_hand = set(CLIPS) if mesh.shape[CONTEXT] > 1 else set(mesh.axis_names)
+    return jax.shard_map(
+        make_gradients(model, options, CLIPS, exchange),
+        mesh=mesh,
+        axis_names=by_hand,
+        in_specs=(cuts["params"], net, P(), batch_cuts, P(), P()),
+        out_specs=Gradients(cuts["params"], everywhere, everywhere, everywhere),
+        check_vma=False,
+    )
 
 
 def _mesh_driver(
     model: SSSModel,
     options: Options,
     optimizer: optax.GradientTransformation,
+    state: PyTree,
     devices: list[jax.Device],
 ) -> Driver:
-    mesh = data_mesh(devices)
-    replicated, split = NamedSharding(mesh, P()), NamedSharding(mesh, P(AXIS))
-    large = options.model.image_size >= LARGE_IMAGE
-    step = jax.jit(
-        make_train_step(model, options, optimizer),
-        in_shardings=(replicated, split, replicated),
-        out_shardings=(replicated, replicated),
-        donate_argnums=0,
-        compiler_options=compiler_options() if large else {},
-    )
-    replicate = functools.partial(jax.device_put, device=replicated)
+    mesh = sharding.make_mesh(options.mesh, devices)
+    shards = mesh.shape[DATA] * mesh.shape[sharding.FSDP]
+    sharding.check_batches(options.train, shards, semi=options.semi.enabled)
+    fields = batch_fields(options)
+    step, placed, rows = make_mesh_step(model, options, optimizer, state, fields, mesh)
+    replicated = NamedSharding(mesh, P())
+    gather = jax.jit(lambda tree: tree, out_shardings=replicated)
 
     def place_batch(batch: PyTree) -> PyTree:
-        return jax.tree.map(lambda x: jax.make_array_from_process_local_data(split, x), batch)
+        return jax.tree.map(jax.make_array_from_process_local_data, rows, batch)
 
-    return Driver(step, replicate, place_batch, replicate, lambda state: state)
+    def place_key(key: jax.Array) -> jax.Array:
+        return jax.random.wrap_key_data(_spread(jax.random.key_data(key), replicated))
+
+    def local(tree: PyTree) -> PyTree:
+        return jax.tree.map(lambda x: x.addressable_shards[0].data, gather(tree))
+
+    return Driver(
+        step,
+        lambda make: jax.jit(make, out_shardings=placed)(),
+        lambda state: jax.tree.map(_spread, state, placed),
+        place_batch,
+        place_key,
+        lambda state: state,
+        local,
+    )
+
+
+def _spread(x: Any, sharding: NamedSharding) -> jax.Array:
+    """Cut an array that every process has whole."""
+    host = jax.device_get(x)
+    return jax.make_array_from_callback(host.shape, sharding, lambda index: host[index])
 
 
 def _pmap_driver(
@@ -87,16 +177,21 @@ def _pmap_driver(
     devices: list[jax.Device],
 ) -> Driver:
     count = len(devices)
-    mesh = data_mesh(devices)
+    if options.mesh != MeshOptions() or jax.process_count() > 1:
+        raise ConfigError(
+            "train.parallel=pmap copies the state to every device of one process; "
+            "use train.parallel=mesh for mesh.* and for several processes"
+        )
+    sharding.check_batches(options.train, count, semi=options.semi.enabled)
     step = jax.pmap(
-        make_train_step(model, options, optimizer, axis=AXIS),
-        axis_name=AXIS,
+        make_train_step(model, options, optimizer, axis=DATA),
+        axis_name=DATA,
         in_axes=(0, 0, 0),
         out_axes=(0, None),
         donate_argnums=0,
         devices=devices,
     )
-    spread = NamedSharding(mesh, P(AXIS))
+    spread = NamedSharding(sharding.make_mesh(options.mesh, devices), P(DATA))
 
     def copies(tree: PyTree) -> PyTree:
         def copy(x: Any) -> jax.Array:
@@ -113,15 +208,27 @@ def _pmap_driver(
     def fetch(state: PyTree) -> PyTree:
         return jax.tree.map(lambda x: x.addressable_shards[0].data[0], state)
 
-    return Driver(step, copies, place_batch, copies, fetch)
+    def create(make: Callable[[], PyTree]) -> PyTree:
+        return copies(jax.jit(make)())
+
+    return Driver(step, create, copies, place_batch, copies, fetch, lambda tree: tree)
 
 
-def _check_divisible(options: Options, devices: int) -> None:
-    train = options.train
-    for name in ("labelled_batch", "unlabelled_batch"):
-        batch = getattr(train, name)
-        if batch % devices:
-            raise ConfigError(
-                f"train.{name}={batch} cannot be shared by {devices} devices; "
-                f"make it a multiple of {devices}"
-            )
+def batch_fields(options: Options) -> PyTree:
+    """Return the shapes of a global batch, as the loader makes it."""
+    model, data, train = options.model, options.data, options.train
+    sizes = {"labelled": train.labelled_batch}
+    if options.semi.enabled:
+        sizes["unlabelled"] = train.unlabelled_batch
+
+    def stream(name: str, clips: int) -> dict[str, jax.ShapeDtypeStruct]:
+        plane = (clips, data.clip_slices, model.image_size, model.image_size)
+        fields = {
+            "image": jax.ShapeDtypeStruct((*plane, 1), np.float32),
+            "slice_mask": jax.ShapeDtypeStruct(plane[:2], np.bool_),
+            "id": jax.ShapeDtypeStruct((clips,), np.int32),
+        }
+        labels = {"label": jax.ShapeDtypeStruct(plane, np.int32)}
+        return fields | labels if name == "labelled" else fields
+
+    return {name: stream(name, clips) for name, clips in sizes.items()}

@@ -28,6 +28,7 @@ _FREE = (
     "train.parallel",
     "train.nonfinite_limit",
 )
+_FREE_GROUPS = ("eval.", "mesh.")
 
 
 def read_split(options: Options, data: Path) -> Split:
@@ -61,7 +62,7 @@ def identity(options: Options, split: Split) -> dict[str, Any]:
             flat |= {f"{group}.{name}": value for name, value in values.items()}
         else:
             flat[group] = values
-    kept = {k: v for k, v in flat.items() if k not in _FREE and not k.startswith("eval.")}
+    kept = {k: v for k, v in flat.items() if k not in _FREE and not k.startswith(_FREE_GROUPS)}
     return json.loads(json.dumps(kept))
 
 

@@ -9,19 +9,28 @@ import optax
 import pytest
 
 from sss_jax.errors import ConfigError
+from sss_jax.options import MeshOptions
 from sss_jax.train.mesh import make_driver
 from sss_jax.train.state import count_params, init_all_params, state_of
-from sss_jax.train.step import make_train_step, root_key
+from sss_jax.train.step import Gradients, _accumulate, make_train_step, root_key
 
 
 def with_train(options, **changes):
     return dataclasses.replace(options, train=dataclasses.replace(options.train, **changes))
 
 
-@pytest.fixture(scope="module")
-def start(micro):
-    """Plain SGD, whose state after a step is the step's gradient (momentum with decay 0)."""
+def with_memory(micro, kind):
+    """The set-up with or without the parts for memory, which double what is to be compiled."""
     model, options, batch = micro
+    config = dataclasses.replace(model.config, memory=kind != "none")
+    memory = dataclasses.replace(options.memory, kind=kind)
+    return model.clone(config=config), dataclasses.replace(options, memory=memory), batch
+
+
+@pytest.fixture(scope="module", params=["none", pytest.param("fifo", marks=pytest.mark.slow)])
+def start(micro, request):
+    """Plain SGD, whose state after a step is the step's gradient (momentum with decay 0)."""
+    model, options, batch = with_memory(micro, request.param)
     optimizer = optax.sgd(1e-2, momentum=0.0)
     params = jax.jit(lambda k: init_all_params(model, options, k))(root_key(0))
     state = state_of(params, optimizer)
@@ -46,9 +55,9 @@ def results(start):
     one = jax.devices()[:1]
     pmap = with_train(options, parallel="pmap")
     drivers = {
-        "one": make_driver(model, options, optimizer, one),
-        "mesh": make_driver(model, options, optimizer),
-        "pmap": make_driver(model, pmap, optimizer),
+        "one": make_driver(model, options, optimizer, state, one),
+        "mesh": make_driver(model, options, optimizer, state),
+        "pmap": make_driver(model, pmap, optimizer, state),
     }
     found = {name: run(driver, state, batch, 2) for name, driver in drivers.items()}
     found["nudged"] = run(drivers["one"], state, nudge(batch), 1)
@@ -123,6 +132,9 @@ def test_the_step_moves_every_trained_parameter(start, results):
         if np.array_equal(leaf, _at(after, path))
     }
     unused = ("gaussian", "mask_downscaling", "no_mask", "no_mem_", "multimask")
+    if start[1].memory.kind == "none":
+        # What the decoder says of an object to the memory that is not there.
+        unused += ("obj_ptr", "no_obj", "memory", "object_pointer")
     unexpected = {name for name in still if not any(part in name for part in unused)}
     # The three multi-mask hypernetworks and click labels 0 take no part in this loss.
     allowed = ("output_hypernetworks_mlps_1", "output_hypernetworks_mlps_2")
@@ -161,9 +173,76 @@ def test_same_key_same_bits(start, results):
 
 
 def test_a_batch_that_devices_cannot_share_is_refused(start):
-    model, options, _, optimizer, _ = start
+    model, options, _, optimizer, state = start
     with pytest.raises(ConfigError, match=r"train\.labelled_batch=6"):
-        make_driver(model, with_train(options, labelled_batch=6), optimizer)
+        make_driver(model, with_train(options, labelled_batch=6), optimizer, state)
+
+
+@pytest.fixture(scope="module")
+def supervised(micro):
+    """`run` of the labelled half over any mesh: little to compile, the same exchanges."""
+    model, options, batch = with_memory(micro, "none")
+    semi = dataclasses.replace(options.semi, enabled=False, labelled_prompts="none")
+    pcsw = dataclasses.replace(options.pcsw, enabled=False)
+    options = dataclasses.replace(options, semi=semi, pcsw=pcsw)
+    batch = {"labelled": batch["labelled"]}
+    params = jax.jit(lambda k: init_all_params(model, options, k))(root_key(0))
+
+    def take(optimizer, batch=batch, devices=None, steps=1, **changes):
+        state = state_of(params, optimizer)
+        wanted = dataclasses.replace(options, mesh=MeshOptions(**changes.pop("mesh", {})))
+        wanted = with_train(wanted, **changes)
+        driver = make_driver(model, wanted, optimizer, state, devices)
+        placed = driver.place_state(state)
+        return run(driver, state, batch, steps), placed, driver
+
+    return take
+
+
+@pytest.mark.parametrize(
+    "mesh",
+    [
+        pytest.param({"fsdp": 4}, id="fsdp", marks=pytest.mark.slow),
+        pytest.param({"fsdp": 2, "context": 2}, id="fsdp and context"),
+    ],
+)
+def test_cut_states_and_cut_images_take_the_same_step(supervised, mesh):
+    take = supervised
+    optimizer = optax.sgd(1e-2, momentum=0.0)
+    (_, metrics, grads), _, _ = take(optimizer, devices=jax.devices()[:1])
+    (_, found, cut), placed, driver = take(optimizer, mesh=mesh)
+    np.testing.assert_allclose(found[0]["loss"], metrics[0]["loss"], rtol=1e-5)
+    np.testing.assert_allclose(found[0]["grad_norm"], metrics[0]["grad_norm"], rtol=1e-4)
+    assert distance(grads[0], cut[0]) <= 1e-4 * metrics[0]["grad_norm"]
+    total = sum(leaf.nbytes for leaf in jax.tree.leaves(placed))
+    held = sum(leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves(placed))
+    # A fifth of this tiny network is biases and norms, which stay whole.
+    assert held < (0.2 + 1 / mesh["fsdp"]) * total
+    assert driver.step._cache_size() == 1
+
+
+@pytest.mark.slow
+def test_micro_batches_are_averaged(supervised):
+    """Clips 0, 2, 4, ... and 1, 3, 5, ... are batches of their own; 1 device or 4 alike."""
+    take = supervised
+    optimizer = optax.sgd(1e-2, momentum=0.0)
+    (_, metrics, grads), _, _ = take(optimizer, devices=jax.devices()[:1], accumulate=2)
+    (_, found, spread), _, _ = take(optimizer, devices=jax.devices()[:4], accumulate=2)
+    np.testing.assert_allclose(found[0]["loss"], metrics[0]["loss"], rtol=1e-5)
+    assert distance(grads[0], spread[0]) <= 1e-4 * metrics[0]["grad_norm"]
+
+
+def test_a_micro_batch_is_every_second_clip_and_the_bank_goes_on():
+    batch = {"x": jnp.arange(6.0)}
+
+    def of_part(bank, part, number):
+        total = jnp.sum(part["x"]) * (1 + number).astype(jnp.float32) + bank["seen"]
+        return Gradients({"w": total}, total, {"n": total}, {"seen": bank["seen"] + 10})
+
+    found = _accumulate(of_part, {"seen": jnp.zeros(())}, batch, 2)
+    # (0 + 2 + 4) + 0 and (1 + 3 + 5) * 2 + 10
+    assert found.loss == found.of_params["w"] == found.aux["n"] == (6 + 28) / 2
+    assert found.bank["seen"] == 20
 
 
 @pytest.mark.parametrize("method", ["supervised", "fixmatch", "unimatch_v2", "sss"])

@@ -1,0 +1,85 @@
+"""Floating-point operations of a traced function, loops counted as often as they run.
+
+XLA's own count takes the body of a loop once, and the memory scan of the step is a loop. Here the
+jaxpr is walked: products of matrices and convolutions, two operations per multiply-add, times the
+length of every scan. Element-wise work is left out, as is usual where a rate is compared with what
+matrix units can do.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from jax.extend import core
+
+__all__ = ["count"]
+
+
+def count(function: Callable[..., Any], *args: Any) -> int:
+    """Count the operations of `function(*args)` without running it.
+
+    Args:
+        function: pure function of arrays.
+        args: arrays or `jax.ShapeDtypeStruct`s.
+
+    Returns:
+        Operations of all devices together. A `while` whose length depends on the data counts one
+        turn, a `cond` its dearest branch.
+    """
+    return _of_jaxpr(jax.make_jaxpr(function)(*args).jaxpr)
+
+
+def _of_jaxpr(jaxpr: core.Jaxpr) -> int:
+    return sum(_of_equation(equation) for equation in jaxpr.eqns)
+
+
+def _of_equation(equation: Any) -> int:
+    name, params = equation.primitive.name, equation.params
+    if name == "dot_general":
+        return _of_product(equation)
+    if name == "conv_general_dilated":
+        return _of_convolution(equation)
+    inner = [_of_jaxpr(jaxpr) for jaxpr in _inner(params)]
+    if name == "scan":
+        return params["length"] * sum(inner)
+    if name == "cond":
+        return max(inner, default=0)
+    return _devices(name, params) * sum(inner)
+
+
+def _inner(params: dict[str, Any]) -> list[core.Jaxpr]:
+    values: list[Any] = []
+    for value in params.values():
+        values += value if isinstance(value, tuple | list) else [value]
+    open_ones = (getattr(value, "jaxpr", value) for value in values)
+    return [value for value in open_ones if isinstance(value, core.Jaxpr)]
+
+
+def _devices(name: str, params: dict[str, Any]) -> int:
+    """Number of devices that run the inside of a `shard_map`, which sees one device's share."""
+    if name != "shard_map":
+        return 1
+    mesh, manual = params["mesh"], params.get("manual_axes", params["mesh"].axis_names)
+    return math.prod(mesh.shape[axis] for axis in manual)
+
+
+def _of_product(equation: Any) -> int:
+    (contracted, _), _ = equation.params["dimension_numbers"]
+    left = equation.invars[0].aval.shape
+    return 2 * math.prod(equation.outvars[0].aval.shape) * math.prod(left[i] for i in contracted)
+
+
+def _of_convolution(equation: Any) -> int:
+    """Each output sums over the window and the input channels of its group.
+
+    Zeros that a dilated input or kernel inserts are no work for anybody; they are left out, those
+    of the padding are not.
+    """
+    params = equation.params
+    kernel = equation.invars[1].aval.shape
+    dims = params["dimension_numbers"]
+    window = math.prod(kernel[i] for i in dims.rhs_spec[2:])
+    channels = kernel[dims.rhs_spec[1]]
+    zeros = math.prod(params["lhs_dilation"])
+    return 2 * math.prod(equation.outvars[0].aval.shape) * window * channels // zeros

@@ -1,0 +1,40 @@
+"""A run described by shapes alone: network, optimizer, state and batch, nothing computed."""
+
+from typing import NamedTuple
+
+import jax
+import optax
+
+from sss_jax.axes import PyTree
+from sss_jax.models.sss import SSSModel, build_model
+from sss_jax.options import Options
+from sss_jax.ssl.self_sorting import empty_bank
+from sss_jax.train.optimizer import make_optimizer
+from sss_jax.train.state import init_all_params, state_of
+
+
+class Setup(NamedTuple):
+    """What a step is made of.
+
+    Attributes:
+        model: the network.
+        optimizer: transformation of the gradients.
+        memory: entry of the state for the self-sorting bank; empty without one.
+        state: shapes of the train state.
+    """
+
+    model: SSSModel
+    optimizer: optax.GradientTransformation
+    memory: PyTree
+    state: PyTree
+
+
+def set_up(options: Options) -> Setup:
+    """Trace what `options` describe; no array of the network is made."""
+    model = build_model(options)
+    memory = empty_bank(model, options.memory)
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    params = jax.eval_shape(lambda k: init_all_params(model, options, k), key)
+    optimizer = make_optimizer(options.optimizer, options.train.steps, params)
+    state = jax.eval_shape(lambda p: state_of(p, optimizer, memory), params)
+    return Setup(model, optimizer, memory, state)
