@@ -27,7 +27,7 @@ from sss_jax import config
 from sss_jax.atomic import write_text
 from sss_jax.benchmarks import result
 from sss_jax.benchmarks.demo import sss_jax
-from sss_jax.options import Options
+from sss_jax.options import Options, SemiOptions
 
 # Name of a row: method of the configuration, and what is switched beside it. "+" adds one
 # mechanism to UniMatch V2; sss has all of them.
@@ -96,7 +96,17 @@ class Run:
 
     def is_done(self, rows: Iterable[dict[str, Any]]) -> bool:
         """Whether a row has these very settings; options that are newer have their defaults."""
-        return any(config.from_dict(json.loads(row["settings"])) == self.options for row in rows)
+        own = _effective(self.options)
+        return any(_effective(config.from_dict(json.loads(row["settings"]))) == own for row in rows)
+
+
+def _effective(options: Options) -> Options:
+    """Forget the settings of the unlabelled images where a run has none."""
+    if options.semi.enabled:
+        return options
+    names = ("enabled", "ema_decay", "labelled_prompts", "box_jitter")
+    kept = {name: getattr(options.semi, name) for name in names}
+    return dataclasses.replace(options, semi=SemiOptions(**kept))
 
 
 def main(argv: Sequence[str] | None = None) -> int:

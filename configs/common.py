@@ -54,5 +54,7 @@ def from_scratch(config: ConfigDict, *, image_size: int, steps: int) -> ConfigDi
     config.semi.ema_decay = 0.99
     config.semi.confidence = min(config.semi.confidence, 0.7)
     config.semi.unlabelled_dice = True
-    config.semi.ramp_steps = 150
+    # An early teacher knows less than the labels: learning from it at once holds the student back.
+    config.semi.ramp = "gaussian"
+    config.semi.ramp_steps = steps * 3 // 5
     return config

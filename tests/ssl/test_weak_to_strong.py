@@ -7,10 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from sss_jax.options import SemiOptions
 from sss_jax.ssl.network import Network
 from sss_jax.ssl.pseudo_labels import make_pseudo_labels
 from sss_jax.ssl.views import mix, unlabelled_views
-from sss_jax.ssl.weak_to_strong import sss_loss
+from sss_jax.ssl.weak_to_strong import _ramp, sss_loss
 from sss_jax.train.state import init_all_params
 from sss_jax.train.step import root_key
 
@@ -195,3 +196,14 @@ def test_pseudo_labels_are_the_teachers_decision(micro):
     assert confidence.min() >= 1 / (options.model.num_classes + 1) - 1e-6
     assert confidence.max() <= 1
     assert set(np.unique(pseudo.target.label_BSHW)) <= set(range(options.model.num_classes + 1))
+
+
+@pytest.mark.parametrize(
+    ("shape", "middle"), [("linear", 0.5), ("gaussian", np.exp(-1.25))], ids=["linear", "gaussian"]
+)
+def test_the_unlabelled_loss_grows_to_its_weight(shape, middle):
+    ramp = SemiOptions(ramp_steps=100, ramp=shape)
+    found = [float(_ramp(jnp.int32(step), ramp)) for step in (0, 50, 100, 1000)]
+    start = 0.0 if shape == "linear" else np.exp(-5.0)
+    np.testing.assert_allclose(found, [start, middle, 1.0, 1.0], rtol=1e-6)
+    assert float(_ramp(jnp.int32(0), SemiOptions(ramp_steps=0, ramp=shape))) == 1.0
