@@ -57,6 +57,7 @@ def build_parser() -> argparse.ArgumentParser:
         _add_predict,
         _add_evaluate,
         _add_report,
+        _add_estimate,
     ):
         add(verbs)
     return parser
@@ -169,6 +170,20 @@ def _add_report(verbs: Any) -> None:
     report.add_argument("-o", "--output", type=Path, help="file (default: WORKDIR/report.html)")
 
 
+def _add_estimate(verbs: Any) -> None:
+    text = "Compile the step for accelerators that are not here: memory, exchanges, projected time."
+    verb = _verb(verbs, "estimate", _estimate, text, as_json=True)
+    verb.add_argument("--config", required=True, help="as for train")
+    verb.add_argument(
+        "--topology", required=True, help="v5e-16, v5p-64, v6e-256, 2xv5e-16 (two slices), h100-8"
+    )
+    verb.add_argument("--clips", type=int, metavar="N", help="clips of both streams per device")
+    verb.add_argument(
+        "--largest", action="store_true", help="search the most clips per device that fit"
+    )
+    verb.epilog = "Settings are changed by --config.GROUP.FIELD=VALUE. Needs: pip install libtpu."
+
+
 def _doctor(args: argparse.Namespace) -> int:
     from sss_jax.doctor import diagnose
 
@@ -278,6 +293,24 @@ def _evaluate(args: argparse.Namespace) -> int:
     )
     print(json.dumps(summary.to_json(), indent=2) if args.json else summary.render())
     return 0
+
+
+def _estimate(args: argparse.Namespace) -> int:
+    from sss_jax import config
+
+    options = config.load(args.config, args.overrides)
+    from sss_jax.estimate import estimate, largest, render
+
+    if args.largest:
+        found = largest(options, args.topology, report=_say)
+    else:
+        found = [estimate(options, args.topology, clips=args.clips, report=_say)]
+    if args.json:
+        print(json.dumps([one.to_json() for one in found], indent=2))
+    else:
+        print("\n\n".join(render(one) for one in found))
+    fitting = [one for one in found if one.memory is None or one.memory.fits]
+    return 0 if fitting else 1
 
 
 def _report(args: argparse.Namespace) -> int:

@@ -1,0 +1,346 @@
+"""What a run would need on machines that are not here: memory, operations, exchanges, time.
+
+The step is compiled ahead of time for a named TPU slice by TPU's own compiler, on a CPU. Sizes,
+operations, bytes and exchanges are those of the compiled program. Times are a projection: every
+kernel is given the larger of its operations at the chip's peak and its bytes at the memory's
+bandwidth, and exchanges are added as if nothing ran beside them. Nothing was measured on a chip.
+"""
+
+import dataclasses
+import os
+import re
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+
+from sss_jax import flops, roofline
+from sss_jax.errors import ConfigError
+from sss_jax.hlo import Collective, Cost, Program
+from sss_jax.options import Options
+from sss_jax.topology import Topology, parse
+from sss_jax.train import sharding
+from sss_jax.train.mesh import batch_fields, make_mesh_step
+from sss_jax.train.setup import set_up
+from sss_jax.train.step import make_train_step
+
+_FULL = re.compile(r"Used ([\d.]+)([KMG]) of ([\d.]+)([KMG]) hbm")
+_UNITS = {"K": 2**10, "M": 2**20, "G": 2**30}
+
+
+@dataclasses.dataclass(frozen=True)
+class Memory:
+    """Bytes on one device.
+
+    Attributes:
+        state: parameters, teacher, optimizer and batch.
+        temporary: what lives during the step.
+        total: largest sum; what a program that does not fit would take.
+        capacity: what the compiler may use.
+    """
+
+    state: int
+    temporary: int
+    total: int
+    capacity: int
+
+    @property
+    def fits(self) -> bool:
+        """Whether the program can run."""
+        return self.total <= self.capacity
+
+
+@dataclasses.dataclass(frozen=True)
+class Projection:
+    """Seconds of one step if every kernel reached its roof; not measured.
+
+    Attributes:
+        compute: operations at the peak rate.
+        memory: bytes at the memory's bandwidth.
+        kernels: sum over kernels of the larger of both.
+        exchange: exchanges between devices, nothing beside them.
+        mfu: the network's operations, none of them counted twice, at this time and peak.
+        slices_per_s: labelled and unlabelled slices, of all devices.
+    """
+
+    compute: float
+    memory: float
+    kernels: float
+    exchange: float
+    mfu: float
+    slices_per_s: float
+
+    @property
+    def step(self) -> float:
+        """Seconds of a step."""
+        return self.kernels + self.exchange
+
+
+@dataclasses.dataclass(frozen=True)
+class Estimate:
+    """All that is known of one configuration on one topology; amounts are per device and step."""
+
+    topology: str
+    chip: str
+    devices: int
+    mesh: dict[str, int]
+    clips: tuple[int, int]
+    slices: int
+    parameters: int
+    model_flops: int
+    program_flops: int
+    memory: Memory | None = None
+    compile_s: float | None = None
+    xla: dict[str, float] | None = None
+    exchanges: tuple[dict[str, Any], ...] = ()
+    parts: tuple[dict[str, Any], ...] = ()
+    host_calls: tuple[str, ...] = ()
+    types: tuple[str, ...] = ()
+    projection: Projection | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """Return everything as JSON values."""
+        values = dataclasses.asdict(self)
+        if self.memory:
+            values["memory"]["fits"] = self.memory.fits
+        if self.projection:
+            values["projection"]["step"] = self.projection.step
+        return values
+
+
+def estimate(
+    options: Options,
+    name: str,
+    *,
+    clips: int | None = None,
+    report: Callable[[str], None] = lambda line: None,
+) -> Estimate:
+    """Compile the step of a configuration for a topology and read off what it takes.
+
+    Args:
+        options: all settings.
+        name: topology, such as `v5e-16`, `v5p-64`, `2xv5e-16`; GPUs (`h100-8`) cannot be compiled
+            for without one, so only what needs no compiler is returned for them.
+        clips: labelled and unlabelled clips per device; by default the configuration's batch.
+        report: receives lines of progress.
+
+    Raises:
+        ConfigError: an unknown topology, a mesh or batch that does not fit it, or no TPU compiler.
+    """
+    topology = parse(name)
+    shards = topology.devices // options.mesh.context
+    options = options if clips is None else with_clips(options, clips * shards)
+    sharding.check_batches(options.train, shards, semi=options.semi.enabled)
+    plain = _counted(options, name, topology)
+    if not topology.is_tpu:
+        return plain
+    devices = tpu_devices(topology)
+    report(f"compiling for {name}, {options.train.labelled_batch // shards} clips a device ...")
+    began = time.monotonic()
+    compiled = _compile(options, devices)
+    seconds = round(time.monotonic() - began, 1)
+    report(f"compiled in {seconds:.0f} s")
+    if isinstance(compiled, Memory):
+        return dataclasses.replace(plain, memory=compiled, compile_s=seconds)
+    return _read(plain, compiled, topology, options, seconds)
+
+
+def largest(
+    options: Options, name: str, report: Callable[[str], None] = lambda line: None
+) -> list[Estimate]:
+    """Find the largest number of clips per device that fits, by compiling.
+
+    Returns:
+        The estimates in the order they were made; the last one that fits is the largest.
+    """
+    made: dict[int, Estimate] = {}
+
+    def fits(clips: int) -> bool:
+        made[clips] = estimate(options, name, clips=clips, report=report)
+        memory = made[clips].memory
+        return memory is not None and memory.fits
+
+    low, high = 0, 1
+    while fits(high):
+        low, high = high, 2 * high
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return list(made.values())
+
+
+def with_clips(options: Options, clips: int) -> Options:
+    """Set both streams to `clips` clips in the global batch."""
+    train = dataclasses.replace(options.train, labelled_batch=clips, unlabelled_batch=clips)
+    return dataclasses.replace(options, train=train)
+
+
+def tpu_devices(topology: Topology) -> list[Any]:
+    """Return the devices of a slice that is not here.
+
+    Raises:
+        ConfigError: TPU's compiler is not installed.
+    """
+    # Without these the compiler looks for a TPU, its metadata server, or other compilers.
+    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+    os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-4")
+    os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
+    from jax.experimental import topologies
+
+    shape = f"{topology.chip.name}:{topology.grid}"
+    slices = {"num_slices": topology.slices} if topology.slices > 1 else {}
+    try:
+        found = topologies.get_topology_desc(platform="tpu", topology_name=shape, **slices)
+    except Exception as error:  # the plug-in raises what it likes
+        raise ConfigError(
+            f"no compiler for TPU ({str(error).splitlines()[0][:160]}); "
+            "install it with: pip install libtpu"
+        ) from None
+    return list(found.devices)
+
+
+def _counted(options: Options, name: str, topology: Topology) -> Estimate:
+    """What needs no compiler."""
+    train, devices = options.train, topology.devices
+    mesh = sharding.axis_sizes(options.mesh, devices)
+    shards = devices // options.mesh.context
+    state = set_up(options).state
+    return Estimate(
+        topology=name,
+        chip=topology.chip.name,
+        devices=devices,
+        mesh=mesh,
+        clips=(
+            train.labelled_batch // shards,
+            train.unlabelled_batch // shards if options.semi.enabled else 0,
+        ),
+        slices=options.data.clip_slices,
+        parameters=sum(leaf.size for leaf in jax.tree.leaves(state["params"])),
+        model_flops=_operations(_without_remat(options)) // devices,
+        program_flops=_operations(options) // devices,
+    )
+
+
+def _operations(options: Options) -> int:
+    model, optimizer, _, state = set_up(options)
+    step = make_train_step(model, options, optimizer)
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    return flops.count(step, state, batch_fields(options), key)
+
+
+def _without_remat(options: Options) -> Options:
+    model = dataclasses.replace(options.model, remat=False)
+    memory = dataclasses.replace(options.memory, remat=False)
+    return dataclasses.replace(options, model=model, memory=memory)
+
+
+def _compile(options: Options, devices: list[Any]) -> Any:
+    """Return the compiled step, or the memory that it would take where it does not fit."""
+    model, optimizer, _, state = set_up(options)
+    mesh = sharding.make_mesh(options.mesh, devices)
+    fields = batch_fields(options)
+    step, _, _ = make_mesh_step(model, options, optimizer, state, fields, mesh)
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    lowered = step.lower(state, fields, key)
+    try:
+        return lowered.compile()
+    except jax.errors.JaxRuntimeError as error:
+        full = _FULL.search(str(error))
+        if full is None:
+            raise
+        used, capacity = (int(float(full.group(i)) * _UNITS[full.group(i + 1)]) for i in (1, 3))
+        return Memory(state=0, temporary=0, total=used, capacity=capacity)
+
+
+def _read(
+    plain: Estimate, compiled: Any, topology: Topology, options: Options, seconds: float
+) -> Estimate:
+    program = Program(compiled.as_text())
+    costs, collectives = program.costs(), program.collectives()
+    sizes, xla = compiled.memory_analysis(), compiled.cost_analysis() or {}
+    state = sizes.argument_size_in_bytes
+    temporary = sizes.temp_size_in_bytes + sizes.generated_code_size_in_bytes
+    fresh = sizes.output_size_in_bytes - sizes.alias_size_in_bytes
+    return dataclasses.replace(
+        plain,
+        memory=Memory(state, temporary, state + temporary + fresh, topology.chip.memory),
+        compile_s=seconds,
+        xla={
+            "flops": xla.get("flops", 0.0),
+            "bytes": xla.get("bytes accessed", 0.0),
+            "flops_with_loops": float(sum(c.flops * c.times for c in costs)),
+            "bytes_with_loops": float(sum(c.nbytes * c.times for c in costs)),
+        },
+        exchanges=tuple(roofline.by_source(collectives)),
+        parts=tuple(roofline.by_part(costs, topology)),
+        host_calls=tuple(program.host_calls()),
+        types=tuple(sorted(program.types())),
+        projection=_project(plain, costs, collectives, topology),
+    )
+
+
+def _project(
+    plain: Estimate, costs: list[Cost], collectives: list[Collective], topology: Topology
+) -> Projection:
+    chip = topology.chip
+    kernels = sum(roofline.roof(cost, topology) * cost.times for cost in costs)
+    exchange = sum(roofline.exchange_time(one, topology) * one.times for one in collectives)
+    step = kernels + exchange
+    shards = plain.devices // plain.mesh["context"]
+    return Projection(
+        compute=sum(c.flops * c.times for c in costs) / chip.flops,
+        memory=sum(c.nbytes * c.times for c in costs) / chip.bandwidth,
+        kernels=kernels,
+        exchange=exchange,
+        mfu=plain.model_flops / (step * chip.flops),
+        slices_per_s=sum(plain.clips) * plain.slices * shards / step,
+    )
+
+
+def render(found: Estimate) -> str:
+    """Write an estimate as text."""
+    gib, lines = 2**30, []
+    mesh = " x ".join(f"{axis} {size}" for axis, size in found.mesh.items())
+    lines.append(f"{found.topology}: {found.devices} x {found.chip}, {mesh}")
+    lines.append(
+        f"clips per device: {found.clips[0]} labelled, {found.clips[1]} unlabelled, "
+        f"of {found.slices} slices; {found.parameters / 1e6:.1f} M parameters"
+    )
+    lines.append(
+        f"operations per device: {found.model_flops / 1e12:.2f} TFLOP of the network, "
+        f"{found.program_flops / 1e12:.2f} with what is computed again"
+    )
+    memory = found.memory
+    if memory is None:
+        lines.append("not compiled: that needs this kind of device; memory and time are unknown")
+        return "\n".join(lines)
+    spare = (memory.capacity - memory.total) / gib
+    verdict = f"fits, {spare:.2f} GiB spare" if memory.fits else f"TOO LARGE by {-spare:.2f} GiB"
+    lines.append(
+        f"memory per device: {memory.total / gib:.2f} of {memory.capacity / gib:.2f} GiB, {verdict}"
+        f" (compiled in {found.compile_s:.0f} s)"
+    )
+    if found.projection is None:
+        return "\n".join(lines)
+    time_ = found.projection
+    lines.append(
+        f"PROJECTION, not measured: step {time_.step * 1e3:.1f} ms "
+        f"(kernels {time_.kernels * 1e3:.1f}, exchanges {time_.exchange * 1e3:.1f}; all operations "
+        f"at peak {time_.compute * 1e3:.1f}, all bytes {time_.memory * 1e3:.1f}), "
+        f"MFU {time_.mfu:.0%}, {time_.slices_per_s:.0f} slices/s"
+    )
+    lines += [f"host calls: {', '.join(found.host_calls) or 'none'}", "", "exchanges per device:"]
+    lines += [
+        f"  {row['kind']:<18} {row['part']:<18} {row['number']:>5} x, "
+        f"{row['bytes'] / 2**20:10.3f} MiB{'' if row['exact'] else ' per turn'}"
+        for row in found.exchanges
+    ]
+    lines += ["", "parts, by projected time:"]
+    lines += [
+        f"  {row['part']:<28} {row['seconds'] * 1e3:9.2f} ms {row['flops'] / 1e9:12.1f} GFLOP "
+        f"{row['bytes'] / 1e9:9.2f} GB"
+        for row in found.parts
+    ]
+    return "\n".join(lines)

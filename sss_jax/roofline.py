@@ -1,0 +1,91 @@
+"""Seconds and shares of a compiled program if every kernel reached its roof.
+
+A kernel takes the larger of its operations at the chip's peak and its bytes at the bandwidth of
+main memory. That is a bound and a projection, never a measurement.
+"""
+
+import collections
+from collections.abc import Iterable
+from typing import Any
+
+from sss_jax.hlo import Collective, Cost
+from sss_jax.topology import Topology
+
+# Part of a step, by the first name that stands in the source of a kernel.
+PARTS = (
+    "gather_parameters",
+    "reduce_gradients",
+    "cutmix_partner",
+    "optimizer",
+    "augment",
+    "pcsw",
+    "dfe",
+    "losses",
+    "memory_attention",
+    "memory_encoder",
+    "sam_mask_decoder",
+    "sam_prompt_encoder",
+    "coarse",
+    "neck",
+    "trunk",
+)
+
+
+def roof(cost: Cost, topology: Topology) -> float:
+    """Seconds that a kernel takes at least."""
+    chip = topology.chip
+    return max(cost.flops / chip.flops, cost.nbytes / chip.bandwidth)
+
+
+def exchange_time(one: Collective, topology: Topology) -> float:
+    """Seconds of an exchange around a ring of all chips, and between slices where there are some.
+
+    An all-reduce sends everything twice, the others once; between slices each chip sends its part.
+    """
+    chip, twice = topology.chip, 2 if one.kind == "all-reduce" else 1
+    seconds = twice * one.nbytes / chip.link
+    if topology.slices > 1:
+        seconds += twice * one.nbytes / topology.chips / chip.network
+    return seconds
+
+
+def by_source(collectives: Iterable[Collective]) -> list[dict[str, Any]]:
+    """Group exchanges by kind and part of the step, largest first."""
+    groups: dict[tuple[str, str], list[Collective]] = collections.defaultdict(list)
+    for one in collectives:
+        groups[one.kind, part_of(one.source)].append(one)
+    rows = [
+        {
+            "kind": kind,
+            "part": part,
+            "number": sum(one.times for one in group),
+            "bytes": sum(one.nbytes * one.times for one in group),
+            "exact": all(one.exact for one in group),
+            "example": group[0].source,
+        }
+        for (kind, part), group in groups.items()
+    ]
+    return sorted(rows, key=lambda row: -row["bytes"])
+
+
+def by_part(costs: Iterable[Cost], topology: Topology) -> list[dict[str, Any]]:
+    """Add up kernels by part of the step, forward and backward apart, dearest first."""
+    groups: dict[str, list[Cost]] = collections.defaultdict(list)
+    for cost in costs:
+        backward = "transpose(" in cost.source
+        groups[part_of(cost.source) + (", backward" if backward else "")].append(cost)
+    rows = [
+        {
+            "part": part,
+            "flops": sum(c.flops * c.times for c in group),
+            "bytes": sum(c.nbytes * c.times for c in group),
+            "seconds": sum(roof(c, topology) * c.times for c in group),
+        }
+        for part, group in groups.items()
+    ]
+    return sorted(rows, key=lambda row: -row["seconds"])
+
+
+def part_of(source: str) -> str:
+    """Name the part of the step that a kernel belongs to."""
+    return next((part for part in PARTS if part in source), "other")

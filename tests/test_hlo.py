@@ -1,0 +1,99 @@
+"""Reading compiled programs: collectives, how often loops run, and what must not be there."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from sss_jax.hlo import Program, nbytes
+
+MESH = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+SPLIT = NamedSharding(MESH, P("data"))
+
+ASYNCHRONOUS = """HloModule jit_step
+
+%add (x: f32[], y: f32[]) -> f32[] {
+  %x = f32[] parameter(0)
+  %y = f32[] parameter(1)
+  ROOT %sum = f32[] add(%x, %y)
+}
+
+%body.1 (arg: (s32[], f32[8])) -> (s32[], f32[8]) {
+  %arg = (s32[], f32[8]{0}) parameter(0)
+  %v = f32[8]{0} get-tuple-element(%arg), index=1
+  %ar = f32[8]{0:T(128)} all-reduce(%v), to_apply=%add, metadata={op_name="jit(step)/psum"}
+  ROOT %t = (s32[], f32[8]{0}) tuple(%v, %ar)
+}
+
+%cond.1 (arg2: (s32[], f32[8])) -> pred[] {
+  %arg2 = (s32[], f32[8]{0}) parameter(0)
+  ROOT %p = pred[] constant(true)
+}
+
+ENTRY %main (p0: f32[8]) -> f32[64] {
+  %p0 = f32[8]{0} parameter(0)
+  %ags = (f32[8]{0}, f32[64]{0}) all-gather-start(%p0), dimensions={0}
+  %agd = f32[64]{0} all-gather-done(%ags)
+  %init = (s32[], f32[8]{0}) tuple(%p0, %p0)
+  %loop = (s32[], f32[8]{0}) while(%init), body=%body.1, config={"known_trip_count":{"n":"7"}}
+  %free = (s32[], f32[8]{0}) while(%loop), condition=%cond.1, body=%body.1
+  ROOT %out = f32[64]{0} copy(%agd)
+}
+"""
+
+
+def test_sizes_of_types():
+    assert nbytes("f32[4,8]{1,0:T(8,128)}") == 128
+    assert nbytes("(bf16[3]{0}, pred[], (s8[2,2]{1,0}, f64[1]))") == 6 + 1 + 4 + 8
+    assert nbytes("token[]") == 0
+
+
+def test_loops_and_asynchronous_exchanges():
+    found = Program(ASYNCHRONOUS).collectives()
+    facts = {(c.kind, c.nbytes, c.times, c.exact) for c in found}
+    assert facts == {
+        ("all-gather", 256, 1, True),
+        ("all-reduce", 32, 7, True),
+        ("all-reduce", 32, 1, False),
+    }
+    assert {c.source for c in found if c.kind == "all-reduce"} == {"jit(step)/psum"}
+
+
+def test_text_without_a_program_is_refused():
+    with pytest.raises(ValueError, match="no ENTRY"):
+        Program("module @jit_step {}")
+
+
+def compiled(function, *args, shardings):
+    return Program(jax.jit(function, in_shardings=shardings).lower(*args).compile().as_text())
+
+
+def test_a_compiled_program_with_a_loop():
+    def local(x):
+        def turn(carry, _):
+            return jax.lax.psum(carry, "data") / 8, None
+
+        return jax.lax.scan(turn, x, None, length=6)[0]
+
+    over = jax.shard_map(local, mesh=MESH, in_specs=P("data"), out_specs=P("data"), check_vma=False)
+    program = compiled(over, jnp.ones((16, 4)), shardings=SPLIT)
+    (found,) = program.collectives()
+    assert found.kind == "all-reduce"
+    assert found.nbytes == 2 * 4 * 4
+    assert found.times in (1, 6), "once in the text, or as often as the loop runs"
+    assert found.exact == (found.times == 6)
+
+
+def test_callbacks_and_types_are_seen():
+    def shouts(x):
+        jax.debug.callback(lambda v: None, x)
+        return x * 2
+
+    quiet = Program(jax.jit(lambda x: x * 2).lower(np.ones(3, np.float32)).compile().as_text())
+    loud = Program(jax.jit(shouts).lower(np.ones(3, np.float32)).compile().as_text())
+    assert quiet.host_calls() == []
+    assert loud.host_calls()
+    assert "f32" in quiet.types()
+    assert "f64" not in quiet.types()
