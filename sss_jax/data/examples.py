@@ -208,7 +208,9 @@ def place(scan: Scan, size: int, options: DataOptions) -> Example:
     rows, columns = scan.image_SHW.shape[1:]
     placement = place_plane(scan.frame, (rows, columns), size, options.fit)
     into = _into_square(placement)
-    image = np.clip(resize_image(scan.image_SHW, *into), 0.0, 1.0)
+    image = resize_image(scan.image_SHW, *into)
+    if image is not scan.image_SHW:
+        np.clip(image, 0.0, 1.0, out=image)
     label = None if scan.label_SHW is None else resize_labels(scan.label_SHW, *into)
     return Example(image, label, placement)
 

@@ -179,23 +179,31 @@ class Loader:
         rng = self._rng(stream, _CLIP, number)
         slices = draw_slices(stack, self._data, rng, labelled=labelled)
         example = place(stack.read(slices), self._model.image_size, self._data)
-        missing = self._data.clip_slices - len(slices)
-        pad = ((0, missing), (0, 0), (0, 0))
         clip = {
             "stream": stream,
-            "image": np.pad(example.image_SHW, pad)[..., None],
+            "image": self._padded(example.image_SHW)[..., None],
             "slice_mask": np.arange(self._data.clip_slices) < len(slices),
             "id": np.int32(number),
         }
         if labelled:
             assert example.label_SHW is not None
-            clip["label"] = np.pad(example.label_SHW, pad).astype(np.int32)
+            clip["label"] = self._padded(example.label_SHW)
         return clip
+
+    def _padded(self, array_SHW: NDArray[Any]) -> NDArray[Any]:
+        """Append empty slices to a clip of a short volume; a whole clip is not copied."""
+        missing = self._data.clip_slices - len(array_SHW)
+        return np.pad(array_SHW, ((0, missing), (0, 0), (0, 0))) if missing else array_SHW
 
     def _collate(self, clips: list[Mapping[str, Any]]) -> Batch:
         batch: Batch = {}
         for stream in self._batches:
             own = [clip for clip in clips if clip["stream"] == stream]
             fields = [key for key in own[0] if key != "stream"]
-            batch[stream] = {key: np.stack([clip[key] for clip in own]) for key in fields}
+            batch[stream] = {key: _stacked(key, [clip[key] for clip in own]) for key in fields}
         return batch
+
+
+def _stacked(key: str, parts: list[NDArray[Any]]) -> NDArray[Any]:
+    """Stack the clips of a stream; labels are widened on the way, in one copy."""
+    return np.stack(parts, dtype=np.int32) if key == "label" else np.stack(parts)
