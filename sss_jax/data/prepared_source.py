@@ -124,13 +124,18 @@ class PreparedSource:
 
     def split(self, data: DataOptions, train: TrainOptions) -> Split:
         """Return the cases of each part; splits are files in the folder, as beside NIfTI files."""
-        return load_split(
-            self._root,
-            data.split,
-            all_labels=train.all_labels,
-            labelled_subjects=train.labelled_subjects,
-            find=lambda root: dict(sorted(self._cases.items())),
-        )
+        try:
+            return load_split(
+                self._root,
+                data.split,
+                all_labels=train.all_labels,
+                labelled_subjects=train.labelled_subjects,
+                find=lambda root: dict(sorted(self._cases.items())),
+            )
+        except FileFault as fault:
+            fix = f"{fault.fix}; cases and labels that were not prepared need another folder, by "
+            fix += "`sss-jax data prepare` without --config or with this one"
+            raise FileFault(fault.path, fault.problem, fix) from fault
 
     def read(self, case: Case, num_classes: int | None, options: DataOptions) -> Stack:
         """Return the slices of a case, with labels where the case names them.
