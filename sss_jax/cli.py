@@ -29,6 +29,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if overrides and "config" not in args:
             raise ConfigError(f"{_OVERRIDE}{overrides[0]} does not apply to `{args.verb}`")
+        if overrides and not args.config:
+            raise ConfigError(f"{_OVERRIDE}{overrides[0]} changes nothing without --config NAME")
         return args.run(args)
     except SSSError as error:
         print(f"sss-jax: {error}", file=sys.stderr)

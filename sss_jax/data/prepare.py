@@ -125,7 +125,7 @@ def prepare_folder(
 
 def _cases(folder: Path, options: Options | None, faults: list[FileFault]) -> list[Case]:
     found = find_cases(folder, faults.append)
-    if options is None:
+    if faults or options is None:
         return list(found.values())
     train = options.train
     split = load_split(

@@ -376,10 +376,11 @@ def test_all_damaged_cases_are_shown_at_once_and_good_shards_kept(root, out, tmp
     assert content(other) == content(out)
 
 
-def test_faults_of_the_folder_stop_it_before_it_writes(root, tmp_path):
+@pytest.mark.parametrize("options", [None, OPTIONS])
+def test_faults_of_the_folder_stop_it_before_it_writes(root, tmp_path, options):
     (root / "images/s0_x.nii").write_bytes(b"twin")
     nan_image(root, "s3_x")
-    report = prepare_folder(root, tmp_path / "out")
+    report = prepare_folder(root, tmp_path / "out", options)
     assert {p.file.name for p in report.problems} >= {"s0_x.nii.gz", "s3_x.nii.gz"}
     assert not (tmp_path / "out").exists()
 
@@ -463,6 +464,9 @@ def test_the_verb_speaks_on_both_streams(root, tmp_path, capsys):
     config = ["--config", "hippocampus:sss", "--config.data.normalise=window"]
     assert cli.main(["data", "prepare", str(root), str(tmp_path / "o"), *config]) == 2
     assert "says 'window'" in capsys.readouterr().err
+    assert cli.main(["data", "prepare", str(root), str(tmp_path / "q"), *config[2:]]) == 2
+    assert "changes nothing without --config" in capsys.readouterr().err
+    assert not (tmp_path / "q").exists()
 
 
 def test_numbers_keep_their_exact_value_in_the_smallest_type():
