@@ -83,6 +83,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         consumption=needs,
         settings={"clip_slices": CLIP, "labelled": LABELLED, "unlabelled": UNLABELLED},
         cores_allowed=len(os.sched_getaffinity(0)),
+        malloc=os.environ.get("GLIBC_TUNABLES"),
     )
     return 0
 
