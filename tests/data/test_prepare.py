@@ -346,6 +346,17 @@ def test_other_cases_are_refused(root, out, folder):
         prepare_folder(root, out)
 
 
+def test_other_names_and_subjects_are_refused(root, out):
+    (root / "cases.csv").write_text("case,subject\ns3_x,someone\n")
+    with pytest.raises(DataError, match="other cases or subjects"):
+        prepare_folder(root, out)
+    (root / "cases.csv").unlink()
+    for kind in ("images", "labels"):
+        (root / kind / "s0_x.nii.gz").rename(root / kind / "r0_x.nii.gz")
+    with pytest.raises(DataError, match="other cases or subjects"):
+        prepare_folder(root, out)
+
+
 def test_a_second_preparation_waits_outside(root, tmp_path, monkeypatch):
     def write(*args):
         prepare_folder(root, tmp_path / "out")
