@@ -29,6 +29,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if overrides and "config" not in args:
             raise ConfigError(f"{_OVERRIDE}{overrides[0]} does not apply to `{args.verb}`")
+        if overrides and not args.config:
+            raise ConfigError(f"{_OVERRIDE}{overrides[0]} changes nothing without --config NAME")
         return args.run(args)
     except SSSError as error:
         print(f"sss-jax: {error}", file=sys.stderr)
@@ -78,13 +80,23 @@ def _add_doctor(verbs: Any) -> None:
 
 
 def _add_data(verbs: Any) -> None:
-    text = "Look at a data folder, or write phantoms."
+    text = "Look at a data folder, prepare it for fast reading, or write phantoms."
     inner = verbs.add_parser("data", help=text, description=text).add_subparsers(
         dest="data_verb", required=True, metavar="VERB"
     )
     check = _verb(inner, "check", _data_check, "Report every problem of a folder.", as_json=True)
     check.add_argument("folder", type=Path, help="folder with images/, labels/ and a split file")
     check.add_argument("--config", help="configuration whose data settings apply")
+    text = "Write a folder as shards for fast reading; run it again to resume, verify or repair."
+    prepare = _verb(inner, "prepare", _data_prepare, text, as_json=True)
+    prepare.add_argument("folder", type=Path, help="folder with images/, labels/ and a split file")
+    prepare.add_argument("out", type=Path, help="new or empty folder")
+    prepare.add_argument(
+        "--config", help="configuration whose data settings are baked in, for its split alone"
+    )
+    prepare.add_argument(
+        "--shards", type=int, default=0, help="number of shards (default: by size)"
+    )
     phantoms = _verb(
         inner, "phantoms", _data_phantoms, "Write the embedded phantom data set.", as_json=False
     )
@@ -113,7 +125,11 @@ def _add_train(verbs: Any) -> None:
     train.add_argument(
         "--config", required=True, help="FILE.py[:method] or a name such as hippocampus:sss"
     )
-    train.add_argument("--data", type=Path, required=True, help="data folder")
+    train.add_argument(
+        "--data",
+        required=True,
+        help="data folder, prepared folder, or synthetic:[ROWSxCOLUMNSxSLICES[,CASES]]",
+    )
     train.add_argument("--workdir", type=Path, required=True, help="run folder")
     train.add_argument("--fresh", action="store_true", help="discard what the run folder holds")
     train.epilog = "Settings are changed by --config.GROUP.FIELD=VALUE."
@@ -204,6 +220,15 @@ def _data_check(args: argparse.Namespace) -> int:
 def _print_report(report: Any, as_json: bool) -> int:
     print(json.dumps(report.to_json(), indent=2) if as_json else report.render())
     return 1 if report.problems else 0
+
+
+def _data_prepare(args: argparse.Namespace) -> int:
+    from sss_jax import config
+    from sss_jax.data.prepare import prepare_folder
+
+    options = config.load(args.config, args.overrides) if args.config else None
+    report = prepare_folder(args.folder, args.out, options, shards=args.shards, say=_say)
+    return _print_report(report, args.json)
 
 
 def _data_phantoms(args: argparse.Namespace) -> int:

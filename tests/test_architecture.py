@@ -76,6 +76,7 @@ def test_imports_point_one_way(path: Path) -> None:
         ("transformers", ("conversion/verify.py",)),
         ("orbax", ("train/",)),
         ("grain", ("data/",)),
+        ("array_record", ("data/",)),
         ("nibabel", ("data/", "report", "evaluate")),
     ],
 )

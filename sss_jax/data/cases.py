@@ -4,7 +4,7 @@ import dataclasses
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +46,12 @@ class Split:
 
 
 def load_split(
-    root: Path, name: str, *, all_labels: bool = False, labelled_subjects: int = 0
+    root: Path,
+    name: str,
+    *,
+    all_labels: bool = False,
+    labelled_subjects: int = 0,
+    find: Callable[[Path], dict[str, Case]] = find_cases,
 ) -> Split:
     """Read a split file and find its cases.
 
@@ -60,13 +65,14 @@ def load_split(
         all_labels: move the unlabelled cases to the labelled ones.
         labelled_subjects: keep the first n labelled subjects; the cases of the others become
             unlabelled. 0 keeps all.
+        find: returns the cases of the folder by name.
 
     Raises:
         DataError: file missing or malformed, a case or a subject in two parts, or files missing.
     """
     path = _split_path(root, name)
     content = read_json(path)
-    found = find_cases(root)
+    found = find(root)
     listed = {part: _strings(content, part, path) for part in PARTS}
     order = tuple(dict.fromkeys(s for part in PARTS for s in listed[part]))
     found = {key: _with_subject(case, order) for key, case in found.items()}

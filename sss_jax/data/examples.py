@@ -57,6 +57,23 @@ class Scan:
         """Memory of the arrays, bytes."""
         return self.image_SHW.nbytes + (0 if self.label_SHW is None else self.label_SHW.nbytes)
 
+    @property
+    def depth(self) -> int:
+        """Number of slices."""
+        return len(self.image_SHW)
+
+    @property
+    def with_label(self) -> NDArray[np.int64] | None:
+        """Slices that show a label, ascending; None where labels are not known."""
+        return None if self.label_SHW is None else np.flatnonzero(self.label_SHW.any(axis=(1, 2)))
+
+    def read(self, slices: NDArray[np.int64] | None = None) -> "Scan":
+        """Return the listed slices, or all, as a scan of their own."""
+        if slices is None:
+            return self
+        label = None if self.label_SHW is None else self.label_SHW[slices]
+        return Scan(self.image_SHW[slices], label, self.frame)
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Example:
@@ -78,6 +95,25 @@ def normalise(array: Image, options: DataOptions) -> Image:
 
     Args:
         array: the whole volume, so that all its slices share one scale.
+        options: as for `intensity_range`.
+
+    Raises:
+        ValueError: all intensities are equal after the scaling.
+    """
+    return rescale(array, *intensity_range(array, options))
+
+
+def rescale(array: Image, low: float, high: float) -> Image:
+    """Map low..high to 0..1 and clip; every voxel by itself, so that any part may be scaled."""
+    scaled = np.clip((array - np.float32(low)) / np.float32(high - low), 0.0, 1.0)
+    return scaled.astype(np.float32, copy=False)
+
+
+def intensity_range(array: Image, options: DataOptions) -> tuple[float, float]:
+    """Return the intensities of a volume that become 0 and 1.
+
+    Args:
+        array: the whole volume.
         options: `percentile` clips to two percentiles, `min_max` keeps the extremes, `window`
             clips to a fixed range (CT, HU). Where the two percentiles are equal, as in a volume
             that is almost all background, the extremes serve instead.
@@ -85,20 +121,21 @@ def normalise(array: Image, options: DataOptions) -> Image:
     Raises:
         ValueError: all intensities are equal after the scaling.
     """
-    if options.normalise == "window":
-        low, high = options.window_low, options.window_high
-    else:
-        low, high = _range(array, options)
-    scaled = np.clip((array - np.float32(low)) / np.float32(high - low), 0.0, 1.0)
-    if scaled.min() == scaled.max():
-        raise ValueError(
-            f"intensities {array.min():g}..{array.max():g} leave nothing of {low:g}..{high:g}"
-        )
-    return scaled.astype(np.float32, copy=False)
-
-
-def _range(array: Image, options: DataOptions) -> tuple[float, float]:
     extremes = float(array.min()), float(array.max())
+    low, high = _range(array, extremes, options)
+    darkest, brightest = rescale(np.array(extremes, np.float32), low, high)
+    if darkest == brightest:
+        raise ValueError(
+            f"intensities {extremes[0]:g}..{extremes[1]:g} leave nothing of {low:g}..{high:g}"
+        )
+    return low, high
+
+
+def _range(
+    array: Image, extremes: tuple[float, float], options: DataOptions
+) -> tuple[float, float]:
+    if options.normalise == "window":
+        return options.window_low, options.window_high
     if options.normalise == "min_max":
         return extremes
     ends = (options.percentile_low, options.percentile_high)
@@ -166,16 +203,15 @@ def scan(volume: Volume, labels: Volume | None, options: DataOptions) -> Scan:
     return Scan(np.ascontiguousarray(turn(image, frame)), label, frame)
 
 
-def place(
-    scan: Scan, size: int, options: DataOptions, slices: NDArray[np.int64] | None = None
-) -> Example:
-    """Fit all slices of a scan, or the listed ones, to the square."""
+def place(scan: Scan, size: int, options: DataOptions) -> Example:
+    """Fit the slices of a scan to the square."""
     rows, columns = scan.image_SHW.shape[1:]
     placement = place_plane(scan.frame, (rows, columns), size, options.fit)
     into = _into_square(placement)
-    pick = slice(None) if slices is None else slices
-    image = np.clip(resize_image(scan.image_SHW[pick], *into), 0.0, 1.0)
-    label = None if scan.label_SHW is None else resize_labels(scan.label_SHW[pick], *into)
+    image = resize_image(scan.image_SHW, *into)
+    if image is not scan.image_SHW:
+        np.clip(image, 0.0, 1.0, out=image)
+    label = None if scan.label_SHW is None else resize_labels(scan.label_SHW, *into)
     return Example(image, label, placement)
 
 

@@ -20,6 +20,9 @@ from sss_jax.data.nifti import is_nifti, stem
 PREDICTION_STAMP = "predict.json"
 """Beside predictions: the weights they come from, and the names of the classes."""
 
+PREPARED = "prepared.json"
+"""The manifest of shards that `sss-jax data prepare` made; such a folder has no NIfTI file."""
+
 _MAX_TEXT = 2**26
 _CHANNEL = re.compile(r"_\d{4}$")
 _SUBJECT_COLUMNS = ("subject", "patient")
@@ -58,6 +61,7 @@ def find_cases(root: Path, report: Report = stop) -> dict[str, Case]:
     """
     if not root.is_dir():
         raise FileFault(root, "is no folder", "name the folder that holds images/ and labels/")
+    _refuse_prepared(root)
     described = root / "dataset.json"
     if described.is_file() and not (root / "images").is_dir():
         images, labels = _decathlon(root, read_json(described), described, report)
@@ -85,11 +89,18 @@ def find_images(path: Path) -> list[Path]:
         return [path]
     if not path.is_dir():
         raise FileFault(path, "does not exist", "name a NIfTI file or a folder of them")
+    _refuse_prepared(path)
     folder = "." if any(is_nifti(p) for p in path.iterdir()) else "images"
     images = _by_name(path, folder)
     if not images:
         raise FileFault(path, "holds no .nii or .nii.gz file", "name a folder of NIfTI volumes")
     return [images[name] for name in sorted(images)]
+
+
+def _refuse_prepared(root: Path) -> None:
+    if (root / PREPARED).is_file():
+        problem = "holds prepared shards for training and no NIfTI file"
+        raise FileFault(root, problem, "name the NIfTI folder that it was made from")
 
 
 def read_subjects(root: Path) -> dict[str, str]:

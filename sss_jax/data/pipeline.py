@@ -14,8 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sss_jax.data.cases import Case, Split
-from sss_jax.data.examples import Scan, place
-from sss_jax.data.load import ScanCache, load_example, load_scan
+from sss_jax.data.examples import place
+from sss_jax.data.load import Read, Stack, StackCache, load_example, load_scan
 from sss_jax.errors import ConfigError, DataError
 from sss_jax.options import DataOptions, ModelOptions, TrainOptions
 
@@ -27,7 +27,7 @@ _ORDER, _CLIP = 0, 1
 
 
 def draw_slices(
-    scan: Scan, options: DataOptions, rng: np.random.Generator, *, labelled: bool
+    stack: Stack, options: DataOptions, rng: np.random.Generator, *, labelled: bool
 ) -> NDArray[np.int64]:
     """Draw the slices of a clip: ascending, evenly spaced, at most `clip_slices` of them.
 
@@ -35,7 +35,7 @@ def draw_slices(
     slices is taken whole. The start is uniform, or, for `foreground_share` of the labelled clips,
     such that a random labelled slice is as central as the volume's ends allow.
     """
-    total, wanted = len(scan.image_SHW), options.clip_slices
+    total, wanted = stack.depth, options.clip_slices
     if total <= wanted:
         return np.arange(total)
     fitting = (total - 1) // max(wanted - 1, 1)
@@ -43,9 +43,9 @@ def draw_slices(
     last = total - 1 - (wanted - 1) * stride
     start = int(rng.integers(0, last + 1))
     centred = rng.random() < options.foreground_share
-    if labelled and scan.label_SHW is not None and centred:
-        with_label = np.flatnonzero(scan.label_SHW.any(axis=(1, 2)))
-        if with_label.size:
+    if labelled and centred:
+        with_label = stack.with_label
+        if with_label is not None and with_label.size:
             centre = int(rng.choice(with_label))
             start = min(max(centre - (wanted // 2) * stride, 0), last)
     return start + stride * np.arange(wanted)
@@ -59,6 +59,7 @@ class Loader:
         model: side of the input and number of classes.
         data: reading, clips and memory.
         train: batch sizes, seed and steps.
+        read: where the scans of cases come from; NIfTI files, unless another source is named.
         semi: False leaves the unlabelled stream out.
         process_index: this host.
         process_count: hosts; each reads an equal part of every batch.
@@ -75,6 +76,7 @@ class Loader:
         data: DataOptions,
         train: TrainOptions,
         *,
+        read: Read = load_scan,
         semi: bool = True,
         process_index: int = 0,
         process_count: int = 1,
@@ -87,8 +89,8 @@ class Loader:
         self._cases = {name: getattr(split, name) for name in self._batches}
         self._check()
         self._order = functools.lru_cache(maxsize=64)(self._shuffled)
-        self._scans = ScanCache(
-            lambda case: load_scan(case, model.num_classes, data), data.cache_bytes
+        self._stacks = StackCache(
+            lambda case: read(case, model.num_classes, data), data.cache_bytes
         )
 
     def batch(self, step: int) -> Batch:
@@ -173,27 +175,35 @@ class Loader:
     def _clip(self, position: int) -> dict[str, Any]:
         stream, number = self._example(position)
         labelled = stream == "labelled"
-        scan = self._scans(self._case(stream, number))
+        stack = self._stacks(self._case(stream, number))
         rng = self._rng(stream, _CLIP, number)
-        slices = draw_slices(scan, self._data, rng, labelled=labelled)
-        example = place(scan, self._model.image_size, self._data, slices)
-        missing = self._data.clip_slices - len(slices)
-        pad = ((0, missing), (0, 0), (0, 0))
+        slices = draw_slices(stack, self._data, rng, labelled=labelled)
+        example = place(stack.read(slices), self._model.image_size, self._data)
         clip = {
             "stream": stream,
-            "image": np.pad(example.image_SHW, pad)[..., None],
+            "image": self._padded(example.image_SHW)[..., None],
             "slice_mask": np.arange(self._data.clip_slices) < len(slices),
             "id": np.int32(number),
         }
         if labelled:
             assert example.label_SHW is not None
-            clip["label"] = np.pad(example.label_SHW, pad).astype(np.int32)
+            clip["label"] = self._padded(example.label_SHW)
         return clip
+
+    def _padded(self, array_SHW: NDArray[Any]) -> NDArray[Any]:
+        """Append empty slices to a clip of a short volume; a whole clip is not copied."""
+        missing = self._data.clip_slices - len(array_SHW)
+        return np.pad(array_SHW, ((0, missing), (0, 0), (0, 0))) if missing else array_SHW
 
     def _collate(self, clips: list[Mapping[str, Any]]) -> Batch:
         batch: Batch = {}
         for stream in self._batches:
             own = [clip for clip in clips if clip["stream"] == stream]
             fields = [key for key in own[0] if key != "stream"]
-            batch[stream] = {key: np.stack([clip[key] for clip in own]) for key in fields}
+            batch[stream] = {key: _stacked(key, [clip[key] for clip in own]) for key in fields}
         return batch
+
+
+def _stacked(key: str, parts: list[NDArray[Any]]) -> NDArray[Any]:
+    """Stack the clips of a stream; labels are widened on the way, in one copy."""
+    return np.stack(parts, dtype=np.int32) if key == "label" else np.stack(parts)

@@ -38,8 +38,18 @@ def resize_matrix(source: int, target: int, before: int = 0, total: int = 0) -> 
 
 
 def resize_image(image_SHW: NDArray[np.float32], rows: Matrix, columns: Matrix) -> Matrix:
-    """Resize slices with the two matrices, [S, rows, columns]; values outside are 0."""
-    return np.matmul(np.matmul(rows, image_SHW), columns.T)
+    """Resize slices with the two matrices, [S, rows, columns]; values outside are 0.
+
+    The very same array comes back where there is nothing to do.
+    """
+    if not _changes_nothing(rows):
+        image_SHW = np.matmul(rows, image_SHW)
+    return image_SHW if _changes_nothing(columns) else np.matmul(image_SHW, columns.T)
+
+
+def _changes_nothing(matrix: Matrix) -> bool:
+    """Tell an identity: its rows are weights that sum to 1, so the diagonal says it all."""
+    return matrix.shape[0] == matrix.shape[1] and bool((matrix.diagonal() == 1.0).all())
 
 
 def resize_labels(label_SHW: NDArray[np.uint8], rows: Matrix, columns: Matrix) -> NDArray[np.uint8]:
@@ -48,6 +58,8 @@ def resize_labels(label_SHW: NDArray[np.uint8], rows: Matrix, columns: Matrix) -
     Ties go to the lower label and padding is 0. Only the rectangles that labels and classes can
     reach are computed, since most structures are small.
     """
+    if _changes_nothing(rows) and _changes_nothing(columns):
+        return label_SHW
     out = np.zeros((len(label_SHW), len(rows), len(columns)), np.uint8)
     for label_HW, target in zip(label_SHW, out, strict=True):
         if label_HW.any():

@@ -11,6 +11,7 @@ import jax
 from sss_jax.axes import PyTree
 from sss_jax.data.cases import Split
 from sss_jax.data.pipeline import Loader
+from sss_jax.data.sources import Source, open_source
 from sss_jax.errors import Preempted
 from sss_jax.options import Options
 from sss_jax.ssl.volume import make_volume_function
@@ -27,12 +28,14 @@ from sss_jax.train.step import root_key
 from sss_jax.train.validate import validate
 
 
-def train(options: Options, data: Path, workdir: Path, *, fresh: bool = False) -> dict[str, Any]:
+def train(
+    options: Options, data: str | Path, workdir: Path, *, fresh: bool = False
+) -> dict[str, Any]:
     """Train to the last step, resuming whatever `workdir` holds.
 
     Args:
         options: all settings.
-        data: folder with images, labels and a split file.
+        data: folder with images, labels and a split file; a prepared folder; or `synthetic:`.
         workdir: run folder: checkpoints, metrics.jsonl, config.json, run.json.
         fresh: discard an earlier run in `workdir`.
 
@@ -44,12 +47,13 @@ def train(options: Options, data: Path, workdir: Path, *, fresh: bool = False) -
         NonFiniteError: a loss or gradient was not finite; nothing bad was saved.
         Preempted: a signal asked to stop; the state is saved.
     """
-    split = run.read_split(options, data)
+    source = open_source(data, options)
+    split = run.read_split(options, source)
     workdir.mkdir(parents=True, exist_ok=True)
     with WorkdirLock(workdir), StopSignal() as stop:
-        run.open_folder(workdir, options, split, data, fresh=fresh)
+        run.open_folder(workdir, options, split, source.name, fresh=fresh)
         with Checkpointer(workdir / "checkpoints") as checkpointer:
-            return _Run(options, split, workdir, checkpointer, stop).to_the_end()
+            return _Run(options, source, split, workdir, checkpointer, stop).to_the_end()
 
 
 class _Run:
@@ -58,15 +62,21 @@ class _Run:
     def __init__(
         self,
         options: Options,
+        source: Source,
         split: Split,
         workdir: Path,
         checkpointer: Checkpointer,
         stop: StopSignal,
     ) -> None:
-        self.options, self.split, self.stop = options, split, stop
+        self.options, self.source, self.split, self.stop = options, source, split, stop
         self.checkpointer = checkpointer
         self.loader = Loader(
-            split, options.model, options.data, options.train, semi=options.semi.enabled
+            split,
+            options.model,
+            options.data,
+            options.train,
+            read=source.read,
+            semi=options.semi.enabled,
         )
         self.log = MetricsLog(workdir)
         self.setup = set_up(options)
@@ -201,7 +211,12 @@ class _Run:
             params = {"net": params, "bank": state["bank"]}
         params = driver.local(params)
         return validate(
-            self.volume, params, self.split.val, self.options, lambda: self.stop.requested
+            self.volume,
+            params,
+            self.split.val,
+            self.options,
+            lambda: self.stop.requested,
+            read=self.source.read,
         )
 
 

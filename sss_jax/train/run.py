@@ -11,7 +11,8 @@ import jax
 from sss_jax import __version__, config
 from sss_jax.atomic import write_json, write_text
 from sss_jax.axes import PyTree
-from sss_jax.data.cases import Split, load_split
+from sss_jax.data.cases import Split
+from sss_jax.data.sources import Source
 from sss_jax.errors import ConfigError, DataError
 from sss_jax.options import Options
 from sss_jax.train.checkpoint import Checkpointer, check_identity
@@ -31,25 +32,19 @@ _FREE = (
 _FREE_GROUPS = ("eval.", "mesh.")
 
 
-def read_split(options: Options, data: Path) -> Split:
+def read_split(options: Options, source: Source) -> Split:
     """Read the run's split and refuse one that the method cannot use.
 
     Raises:
         DataError: no labelled case, or no unlabelled case for a semi-supervised method.
     """
-    train = options.train
-    split = load_split(
-        data,
-        options.data.split,
-        all_labels=train.all_labels,
-        labelled_subjects=train.labelled_subjects,
-    )
+    split = source.split(options.data, options.train)
     if not split.labelled:
-        raise DataError(f"{data}: {options.data.split} lists no labelled case")
+        raise DataError(f"{source.name}: {options.data.split} lists no labelled case")
     if options.semi.enabled and not split.unlabelled:
         raise DataError(
-            f"{data}: {options.data.split} lists no unlabelled case, which {options.method} needs; "
-            "add some or train with the method `supervised`"
+            f"{source.name}: {options.data.split} lists no unlabelled case, which "
+            f"{options.method} needs; add some or train with the method `supervised`"
         )
     return split
 
@@ -66,8 +61,11 @@ def identity(options: Options, split: Split) -> dict[str, Any]:
     return json.loads(json.dumps(kept))
 
 
-def open_folder(workdir: Path, options: Options, split: Split, data: Path, *, fresh: bool) -> None:
+def open_folder(workdir: Path, options: Options, split: Split, data: str, *, fresh: bool) -> None:
     """Create the run folder, or check that it holds the same run.
+
+    Where the data are is noted and may change: the same cases may come from NIfTI files or from
+    shards prepared from them.
 
     Raises:
         CheckpointError: the folder holds another run.
@@ -86,7 +84,7 @@ def open_folder(workdir: Path, options: Options, split: Split, data: Path, *, fr
         known,
         {
             "identity": now,
-            "data": str(data.resolve()),
+            "data": data,
             "split": options.data.split,
             "split_digest": split.digest,
             "cases": {name: len(getattr(split, name)) for name in _SUBSETS},

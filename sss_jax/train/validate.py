@@ -7,9 +7,9 @@ import numpy as np
 
 from sss_jax.axes import PyTree
 from sss_jax.data.cases import Case
-from sss_jax.data.examples import restore_confident
-from sss_jax.data.load import load_example
-from sss_jax.data.nifti import read_labels
+from sss_jax.data.examples import Scan, place, restore_confident
+from sss_jax.data.geometry import from_slices
+from sss_jax.data.load import Read, load_scan
 from sss_jax.errors import DataError
 from sss_jax.metrics.boxes import mean_box_scores, score_boxes
 from sss_jax.metrics.overlap import Counts, class_counts, dice
@@ -23,6 +23,8 @@ def validate(
     cases: Iterable[Case],
     options: Options,
     should_stop: Callable[[], bool] = lambda: False,
+    *,
+    read: Read = load_scan,
 ) -> dict[str, float] | None:
     """Return the mean Dice over cases: `dice` over all classes and `dice_k` of each.
 
@@ -32,16 +34,18 @@ def validate(
     share that is right (`pseudo_precision`); of the true foreground, the share that it finds so
     (`pseudo_recall`). With PCSW come the classes that are in a volume and got a prompt
     (`prompts_found`, a share) and how well its box fits (`prompt_iou`), by the conventions of
-    `sss_jax.metrics.boxes`. None if `should_stop` said so on the way.
+    `sss_jax.metrics.boxes`. `read` gives the slices of a case. None if `should_stop` said so on
+    the way.
     """
     scores, sure, boxes = [], [], []
     for case in cases:
         if should_stop():
             return None
-        example = load_example(case, options.model, options.data)
+        scan = read(case, options.model.num_classes, options.data).read()
+        example = place(scan, options.model.image_size, options.data)
         output = predict_volume(function, params, example, options)
         probability, box_SK4, prompted_SK = map(np.asarray, output)
-        reference = read_reference(case, options)
+        reference = _reference(case, scan)
         predicted, confident = restore_confident(
             probability, example.placement, options.semi.confidence
         )
@@ -54,11 +58,11 @@ def validate(
     return _mean_dice(np.array(scores)) | _pseudo_quality(sure) | mean_box_scores(boxes)
 
 
-def read_reference(case: Case, options: Options) -> np.ndarray:
+def _reference(case: Case, scan: Scan) -> np.ndarray:
     """Return a case's reference labels on its own grid."""
-    if case.label is None:
+    if scan.label_SHW is None:
         raise DataError(f"{case.name} is a validation case and has no labels; add its label file")
-    return read_labels(case.label, options.model.num_classes, options.data.max_voxels).array
+    return from_slices(scan.label_SHW, scan.frame)
 
 
 def _counts(predicted: np.ndarray, reference: np.ndarray, options: Options) -> Counts:

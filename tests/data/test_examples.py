@@ -161,7 +161,7 @@ def test_placing_some_slices_equals_placing_all(tmp_path, nifti, scene):
     volume = read_volume(nifti(tmp_path / "a.nii", scene[0]), LIMIT)
     labels = read_labels(nifti(tmp_path / "b.nii", scene[1]), 2, LIMIT, volume)
     whole = scan(volume, labels, OPTIONS)
-    every, some = place(whole, 40, OPTIONS), place(whole, 40, OPTIONS, np.array([1, 3, 4]))
+    every, some = place(whole, 40, OPTIONS), place(whole.read(np.array([1, 3, 4])), 40, OPTIONS)
     np.testing.assert_array_equal(some.image_SHW, every.image_SHW[[1, 3, 4]])
     np.testing.assert_array_equal(some.label_SHW, every.label_SHW[[1, 3, 4]])
     assert whole.nbytes == 12 * 10 * 6 * 5

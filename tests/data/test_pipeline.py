@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from sss_jax.data.cases import Case, load_split
 from sss_jax.data.examples import Scan, place
 from sss_jax.data.geometry import Frame
-from sss_jax.data.load import ScanCache, load_example, load_scan
+from sss_jax.data.load import StackCache, load_example, load_scan
 from sss_jax.data.pipeline import Loader, draw_slices
 from sss_jax.errors import ConfigError, DataError
 from sss_jax.options import DataOptions, ModelOptions, TrainOptions
@@ -264,7 +264,7 @@ def counting(limit, size=100, fail=()):
         frame = Frame((1, 1, 1), (0, 1, 2), (False,) * 3, (1.0,) * 3, 2)
         return Scan(np.zeros((1, 1, size // 4), np.float32), None, frame)
 
-    return ScanCache(read, limit), reads
+    return StackCache(read, limit), reads
 
 
 def case(name):
@@ -310,7 +310,7 @@ def test_memory_stays_bounded_and_batches_stay_equal(split):
     largest = max(load_scan(c, 2, DATA).nbytes for c in split.cases)
     tight = Loader(split, MODEL, dataclasses.replace(DATA, cache_bytes=largest, threads=4), TRAIN)
     assert_equal_batches(tight.iterate(), Loader(split, MODEL, DATA, TRAIN).iterate())
-    assert 0 < tight._scans.nbytes <= largest
+    assert 0 < tight._stacks.nbytes <= largest
 
 
 def volume(slices, labelled=()):

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from sss_jax.data.prepare import prepare_folder
 from sss_jax.data.synthetic import SplitSizes, write_phantoms
 from sss_jax.train.checkpoint import Checkpointer
 from tests.poison import garbage_labels, nan_image, truncated_labels
@@ -228,6 +229,43 @@ def whole_sss(lab):
     done = run(lab, lab / "sss_whole", method="sss")
     assert done.returncode == 0, done.stderr
     return lab / "sss_whole"
+
+
+@pytest.fixture(scope="module")
+def prepared(lab):
+    """The data as shards."""
+    prepare_folder(lab / "data", lab / "prepared", shards=2)
+    return lab / "prepared"
+
+
+def test_a_run_goes_on_from_prepared_data_to_the_same_bits(lab, whole, prepared):
+    workdir = lab / "moved"
+    process = start_and_wait(lab, workdir, 2)
+    process.kill()
+    process.communicate()
+    done = run(lab, workdir, data=prepared)
+    assert done.returncode == 0, done.stderr
+    assert_same_run(workdir, whole[0])
+    assert json.loads((workdir / "run.json").read_text())["data"].endswith("prepared")
+
+
+@pytest.mark.slow
+def test_sss_from_prepared_data_is_the_same_run(lab, whole_sss, prepared):
+    workdir = lab / "sss_prepared"
+    done = run(lab, workdir, method="sss", data=prepared)
+    assert done.returncode == 0, done.stderr
+    assert_same_run(workdir, whole_sss)
+
+
+def test_training_needs_no_files(lab):
+    workdir = lab / "synthetic"
+    done = run(lab, workdir, data="synthetic:24x20x6,4")
+    assert done.returncode == 0, done.stderr
+    assert [row["step"] for row in rows(workdir) if row["kind"] == "val"] == [4, 8]
+    assert json.loads((workdir / "run.json").read_text())["data"] == "synthetic:24x20x6,4"
+    other = run(lab, workdir)
+    assert other.returncode == 1
+    assert "split" in other.stderr
 
 
 @pytest.mark.slow
