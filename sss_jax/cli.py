@@ -6,15 +6,16 @@ the verbs, so that `-h` answers at once and configuration errors come before any
 """
 
 import argparse
+import contextlib
 import json
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from sss_jax import __version__
-from sss_jax.errors import ConfigError, SSSError
+from sss_jax.errors import ConfigError, PeerLost, SSSError
 
 _OVERRIDE = "--config."
 
@@ -132,6 +133,14 @@ def _add_train(verbs: Any) -> None:
     )
     train.add_argument("--workdir", type=Path, required=True, help="run folder")
     train.add_argument("--fresh", action="store_true", help="discard what the run folder holds")
+    train.add_argument(
+        "--distributed",
+        action="store_true",
+        help="one of several processes, started by Slurm, GKE, TPU or MPI",
+    )
+    train.add_argument("--coordinator", metavar="HOST:PORT", help="of process 0, elsewhere")
+    train.add_argument("--processes", type=int, metavar="N", help="with --coordinator")
+    train.add_argument("--process", type=int, metavar="I", help="with --coordinator, from 0")
     train.epilog = "Settings are changed by --config.GROUP.FIELD=VALUE."
 
 
@@ -243,11 +252,37 @@ def _train(args: argparse.Namespace) -> int:
     from sss_jax import config
 
     options = config.load(args.config, args.overrides)
+    from sss_jax.train import hosts
     from sss_jax.train.loop import train
 
-    summary = train(options, args.data, args.workdir, fresh=args.fresh)
-    print(json.dumps(summary, indent=2) if args.json else _render_summary(summary))
+    meeting = hosts.Meeting(args.coordinator, args.processes, args.process)
+    several = args.distributed or meeting != hosts.Meeting()
+    with _libraries_on_stderr() if several else contextlib.nullcontext():
+        if several:
+            hosts.join(meeting)
+        try:
+            summary = train(options, args.data, args.workdir, fresh=args.fresh)
+        except PeerLost as error:
+            # An ordinary exit would wait for all processes to say goodbye.
+            print(f"sss-jax: {error}", file=sys.stderr, flush=True)
+            os._exit(error.exit_code)
+    if hosts.is_lead():
+        print(json.dumps(summary, indent=2) if args.json else _render_summary(summary))
     return 0
+
+
+@contextlib.contextmanager
+def _libraries_on_stderr() -> Iterator[None]:
+    """Send what libraries write to standard output to standard error: only results belong there."""
+    sys.stdout.flush()
+    kept = os.dup(1)
+    os.dup2(2, 1)
+    try:
+        yield
+    finally:
+        sys.stdout.flush()
+        os.dup2(kept, 1)
+        os.close(kept)
 
 
 def _render_summary(summary: dict[str, Any]) -> str:

@@ -35,3 +35,7 @@ class Preempted(SSSError):
     """The process was asked to stop; the state is saved and the same command resumes."""
 
     exit_code = 75
+
+
+class PeerLost(Preempted):
+    """Another process of the run is gone; the last checkpoint stands."""

@@ -129,10 +129,11 @@ def estimate(
         ConfigError: an unknown topology, a mesh or batch that does not fit it, or no TPU compiler.
     """
     topology = parse(name)
+    axes = sharding.axis_sizes(options.mesh, topology.devices)
     shards = topology.devices // options.mesh.context
     options = options if clips is None else with_clips(options, clips * shards)
     sharding.check_batches(options.train, shards, semi=options.semi.enabled)
-    plain = _counted(options, name, topology)
+    plain = _counted(options, name, topology, axes)
     if not topology.is_tpu:
         return plain
     devices = tpu_devices(topology)
@@ -201,10 +202,9 @@ def tpu_devices(topology: Topology) -> list[Any]:
     return list(found.devices)
 
 
-def _counted(options: Options, name: str, topology: Topology) -> Estimate:
+def _counted(options: Options, name: str, topology: Topology, mesh: dict[str, int]) -> Estimate:
     """What needs no compiler."""
     train, devices = options.train, topology.devices
-    mesh = sharding.axis_sizes(options.mesh, devices)
     shards = devices // options.mesh.context
     state = set_up(options).state
     return Estimate(

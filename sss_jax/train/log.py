@@ -27,14 +27,18 @@ class MetricsLog:
     Args:
         workdir: existing run folder.
         tensorboard: also write TensorBoard files where the package is installed.
+        writes: False leaves the file to another process, and only reads it.
     """
 
     NAME = "metrics.jsonl"
 
-    def __init__(self, workdir: str | os.PathLike[str], *, tensorboard: bool = True) -> None:
+    def __init__(
+        self, workdir: str | os.PathLike[str], *, tensorboard: bool = True, writes: bool = True
+    ) -> None:
         self.path = Path(workdir) / self.NAME
         self._stream: TextIO | None = None
-        self._board = _Board(Path(workdir) / "tensorboard") if tensorboard else None
+        self._writes = writes
+        self._board = _Board(Path(workdir) / "tensorboard") if tensorboard and writes else None
 
     def __enter__(self) -> Self:
         return self
@@ -44,6 +48,8 @@ class MetricsLog:
 
     def write(self, row: Mapping[str, Any]) -> None:
         """Append one row; its values are numbers, strings, booleans, None, lists or dicts."""
+        if not self._writes:
+            return
         encoded = _encode(row)
         line = json.dumps(encoded, allow_nan=False)
         if self._stream is None:
@@ -58,6 +64,8 @@ class MetricsLog:
 
         Rows without a step stay. A torn last line goes.
         """
+        if not self._writes:
+            return
         self._close_stream()
         kept = [line for line, row in self._lines() if row.get("step", step) <= step]
         if self.path.exists():

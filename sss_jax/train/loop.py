@@ -1,6 +1,7 @@
 """The training loop: read it from top to bottom."""
 
 import contextlib
+import io
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -8,6 +9,7 @@ from typing import Any
 
 import jax
 
+from sss_jax import __version__
 from sss_jax.axes import PyTree
 from sss_jax.data.cases import Split
 from sss_jax.data.pipeline import Loader
@@ -15,11 +17,11 @@ from sss_jax.data.sources import Source, open_source
 from sss_jax.errors import Preempted
 from sss_jax.options import Options
 from sss_jax.ssl.volume import make_volume_function
-from sss_jax.train import run
+from sss_jax.train import hosts, run
 from sss_jax.train.checkpoint import Checkpointer
 from sss_jax.train.guard import NonFiniteGuard, StopSignal, WorkdirLock
 from sss_jax.train.log import MetricsLog, Progress
-from sss_jax.train.mesh import Driver, make_driver
+from sss_jax.train.mesh import make_driver
 from sss_jax.train.optimizer import learning_rate
 from sss_jax.train.pretrained import with_converted
 from sss_jax.train.setup import set_up
@@ -50,8 +52,14 @@ def train(
     source = open_source(data, options)
     split = run.read_split(options, source)
     workdir.mkdir(parents=True, exist_ok=True)
-    with WorkdirLock(workdir), StopSignal() as stop:
-        run.open_folder(workdir, options, split, source.name, fresh=fresh)
+    with contextlib.ExitStack() as held, StopSignal() as stop, hosts.losses_of_peers():
+        hosts.refuse_differing([__version__, run.identity(options, split), options])
+
+        def open_folder() -> None:
+            held.enter_context(WorkdirLock(workdir))
+            run.open_folder(workdir, options, split, source.name, fresh=fresh)
+
+        hosts.led(open_folder)
         with Checkpointer(workdir / "checkpoints") as checkpointer:
             return _Run(options, source, split, workdir, checkpointer, stop).to_the_end()
 
@@ -70,6 +78,10 @@ class _Run:
     ) -> None:
         self.options, self.source, self.split, self.stop = options, source, split, stop
         self.checkpointer = checkpointer
+        self.setup = set_up(options)
+        model, optimizer, _, target = self.setup
+        self.driver = make_driver(model, options, optimizer, target)
+        index, count = self.driver.part
         self.loader = Loader(
             split,
             options.model,
@@ -77,22 +89,28 @@ class _Run:
             options.train,
             read=source.read,
             semi=options.semi.enabled,
+            process_index=index,
+            process_count=count,
         )
-        self.log = MetricsLog(workdir)
-        self.setup = set_up(options)
+        self.log = MetricsLog(workdir, writes=hosts.is_lead())
         self.volume = make_volume_function(self.setup.model, options)
         self.guard = NonFiniteGuard(options.train.nonfinite_limit, self._case_names)
 
     def to_the_end(self) -> dict[str, Any]:
         began = time.monotonic()
         key = root_key(self.options.train.seed)
-        driver, state, start = self._start(key)
-        key = driver.place_key(key)
+        state, start = self._start(key)
+        key = self.driver.place_key(key)
         total = self.options.train.steps
         batches = self.loader.iterate(start)
-        with contextlib.closing(batches), self.log, Progress(total, start) as progress:
-            self._catch_up(start, driver, state, progress)
-            self._steps(driver, state, key, start, batches, progress)
+        shown = None if hosts.is_lead() else io.StringIO()
+        with (
+            contextlib.closing(batches),
+            self.log,
+            Progress(total, start, stream=shown) as progress,
+        ):
+            self._catch_up(start, state, progress)
+            self._steps(state, key, start, batches, progress)
         self.checkpointer.wait()
         best = self.checkpointer.best_step()
         return {
@@ -105,27 +123,25 @@ class _Run:
     def _case_names(self, step: int) -> list[str]:
         return sorted({name for names in self.loader.names(step).values() for name in names})
 
-    def _start(self, key: jax.Array) -> tuple[Driver, PyTree, int]:
-        """Return the driver and the state to go on from: the newest good one, or step 0."""
-        options = self.options
+    def _start(self, key: jax.Array) -> tuple[PyTree, int]:
+        """Return the state to go on from: the newest good one, or step 0."""
+        options, driver = self.options, self.driver
         model, optimizer, memory, target = self.setup
 
         def begin() -> PyTree:
             params = with_converted(init_all_params(model, options, key), options)
             return state_of(params, optimizer, memory)
 
-        driver = make_driver(model, options, optimizer, target)
         restored = self.checkpointer.restore(target)
         self.log.truncate(restored.step if restored else 0)
         if restored:
-            return driver, driver.place_state(restored.state), restored.step
+            return driver.place_state(restored.state), restored.step
         # Converted weights are constants of hundreds of megabytes: not for a compiled function.
         state = driver.place_state(begin()) if options.model.init else driver.create(begin)
-        return driver, state, 0
+        return state, 0
 
     def _steps(
         self,
-        driver: Driver,
         state: PyTree,
         key: jax.Array,
         start: int,
@@ -135,14 +151,14 @@ class _Run:
         meter = _Meter(self.options)
         for step in range(start, self.options.train.steps):
             with meter.waiting():
-                batch = driver.place_batch(next(batches))
+                batch = self.driver.place_batch(next(batches))
             with jax.transfer_guard("disallow"):
-                state, metrics = driver.step(state, batch, key)
+                state, metrics = self.driver.step(state, batch, key)
             self.guard.watch(step, metrics["finite"], metrics)
             done = step + 1
             if done % self.options.train.log_every == 0 or done == self.options.train.steps:
                 self._log(done, metrics, meter, progress)
-            self._keep(done, driver, state, progress, meter)
+            self._keep(done, state, progress, meter)
 
     def _log(self, done: int, metrics: PyTree, meter: "_Meter", progress: Progress) -> None:
         scalars = {name: float(value) for name, value in jax.device_get(metrics).items()}
@@ -153,24 +169,22 @@ class _Run:
         self.log.write(row)
         progress.update(done, row)
 
-    def _keep(
-        self, done: int, driver: Driver, state: PyTree, progress: Progress, meter: "_Meter"
-    ) -> None:
+    def _keep(self, done: int, state: PyTree, progress: Progress, meter: "_Meter") -> None:
         """Validate and save where it is time to, and stop where it was asked for."""
         train = self.options.train
         last = done == train.steps
-        stop = self.stop.requested
+        stop = self.stop.agreed(done)
         if not (self._due(done) or stop or done % train.save_every == 0):
             self.checkpointer.check()
             return
         self.guard.check()
-        single = driver.fetch(state)
+        single = self.driver.fetch(state)
         if self._due(done) and not stop:
-            self._validate_and_save(done, driver, single, progress)
+            self._validate_and_save(done, single, progress)
         else:
             run.save(self.checkpointer, done, single)
         meter.restart()
-        if self.stop.requested and not (last and self._validated(done)):
+        if (stop or self._asked()) and not (last and self._validated(done)):
             self.checkpointer.wait()
             raise Preempted(
                 f"stopped by {self.stop.reason} after step {done}; the state is saved, "
@@ -181,41 +195,45 @@ class _Run:
         train = self.options.train
         return done == train.steps or bool(train.eval_every and done % train.eval_every == 0)
 
+    def _asked(self) -> bool:
+        """Whether a signal asks to stop at once; with several processes the next step decides."""
+        return self.stop.requested and jax.process_count() == 1
+
     def _validated(self, done: int) -> bool:
         if not self.split.val:
             return True
-        return any(r.get("kind") == "val" and r.get("step") == done for r in self.log.rows())
+        rows = self.log.rows()
+        known = any(r.get("kind") == "val" and r.get("step") == done for r in rows)
+        return hosts.decided_by_lead(known)
 
-    def _catch_up(self, start: int, driver: Driver, state: PyTree, progress: Progress) -> None:
+    def _catch_up(self, start: int, state: PyTree, progress: Progress) -> None:
         """Do the validation that a stopped run still owes for the step it stopped at."""
         if start and self._due(start) and not self._validated(start):
-            self._validate_and_save(start, driver, driver.fetch(state), progress)
+            self._validate_and_save(start, self.driver.fetch(state), progress)
 
-    def _validate_and_save(
-        self, done: int, driver: Driver, state: PyTree, progress: Progress
-    ) -> None:
+    def _validate_and_save(self, done: int, state: PyTree, progress: Progress) -> None:
         """Save the state with its validation score; without one if a signal came meanwhile."""
-        scores = self._validate(driver, state)
+        scores = self._validate(state)
         run.save(self.checkpointer, done, state, scores)
         if scores is not None:
             row = {"kind": "val", "step": done, **scores}
             self.log.write(row)
             progress.message(_line(row))
 
-    def _validate(self, driver: Driver, state: PyTree) -> dict[str, float] | None:
+    def _validate(self, state: PyTree) -> dict[str, float] | None:
         if not self.split.val:
             return None
         name = self.options.eval.weights
         params = state["ema"] if name == "ema" else state["params"]["net"]
         if "bank" in state:
             params = {"net": params, "bank": state["bank"]}
-        params = driver.local(params)
+        params = self.driver.local(params)
         return validate(
             self.volume,
             params,
             self.split.val,
             self.options,
-            lambda: self.stop.requested,
+            self._asked,
             read=self.source.read,
         )
 

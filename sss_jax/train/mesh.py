@@ -17,6 +17,7 @@ from sss_jax.models.sss import SSSModel
 from sss_jax.options import MeshOptions, Options
 from sss_jax.parallel import pmean
 from sss_jax.train import sharding
+from sss_jax.train.hosts import part_of_batch
 from sss_jax.train.sharding import CLIPS, CONTEXT, DATA
 from sss_jax.train.step import (
     Exchange,
@@ -39,6 +40,7 @@ class Driver(NamedTuple):
         place_key: the same for the key.
         fetch: a state with the shapes of one copy, still spread over devices where it is cut.
         local: a part of such a state, whole, on one device of this process.
+        part: (i, n): this process reads part i of n of every batch.
     """
 
     step: TrainStep
@@ -48,6 +50,7 @@ class Driver(NamedTuple):
     place_key: Callable[[PyTree], PyTree]
     fetch: Callable[[PyTree], PyTree]
     local: Callable[[PyTree], PyTree]
+    part: tuple[int, int] = (0, 1)
 
 
 def make_driver(
@@ -161,6 +164,7 @@ def _mesh_driver(
         place_key,
         lambda state: state,
         local,
+        part_of_batch(NamedSharding(mesh, P(CLIPS)), shards),
     )
 
 

@@ -1,0 +1,95 @@
+"""Estimates: what needs no compiler here, and the whole of it where TPU's compiler is installed."""
+
+import dataclasses
+import importlib.util
+import json
+
+import jax
+import pytest
+
+from sss_jax import config, estimate
+from sss_jax.errors import ConfigError
+
+SMALL = ["model.image_size=32", "data.clip_slices=2", "model.dtype=bfloat16"]
+
+
+@pytest.fixture(scope="module")
+def options():
+    return config.load("acdc:supervised", [*SMALL, "model.remat=true"])
+
+
+@pytest.fixture(scope="module")
+def whole(options):
+    return estimate.estimate(options, "h100-8", clips=2)
+
+
+def test_gpus_get_what_needs_no_compiler(whole):
+    assert whole.devices == 8
+    assert whole.mesh == {"data": 8, "fsdp": 1, "context": 1}
+    assert whole.clips == (2, 0)
+    assert whole.memory is None
+    assert whole.projection is None
+    assert whole.program_flops > 1.1 * whole.model_flops > 0, "the trunk is computed again"
+    assert "not compiled" in estimate.render(whole)
+    assert json.loads(json.dumps(whole.to_json()))["topology"] == "h100-8"
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "message"),
+    [
+        ("h100-8", ["mesh.fsdp=3"], "does not make 8 devices"),
+        ("h100-8", ["train.labelled_batch=6"], "labelled_batch=6"),
+        ("h200-8", [], "unknown topology"),
+    ],
+)
+def test_what_cannot_be_is_refused_before_anything_is_traced(name, changes, message):
+    options = config.load("acdc:supervised", [*SMALL, *changes])
+    with pytest.raises(ConfigError, match=message):
+        estimate.estimate(options, name)
+
+
+def test_a_program_that_is_too_large_says_by_how_much(options, whole, monkeypatch):
+    text = "RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 20.50G of 15.75G hbm."
+
+    class Large:
+        def lower(self, *_):
+            return self
+
+        def compile(self):
+            raise jax.errors.JaxRuntimeError(text)
+
+    monkeypatch.setattr(estimate, "make_mesh_step", lambda *_: (Large(), None, None))
+    found = estimate._compile(options, jax.devices())
+    assert found.total == int(20.5 * 2**30)
+    assert not found.fits
+    assert "TOO LARGE by 4.75 GiB" in estimate.render(
+        dataclasses.replace(whole, memory=found, compile_s=1.0)
+    )
+
+
+def test_the_search_ends_at_the_last_that_fits(options, whole, monkeypatch):
+    tried = []
+
+    def pretend(options, name, *, clips, report):
+        tried.append(clips)
+        memory = estimate.Memory(0, 0, total=3 * clips, capacity=16)
+        return dataclasses.replace(whole, clips=(clips, clips), memory=memory)
+
+    monkeypatch.setattr(estimate, "estimate", pretend)
+    found = estimate.largest(options, "v5e-16")
+    assert tried == [1, 2, 4, 8, 6, 5]
+    assert max(one.clips[0] for one in found if one.memory.fits) == 5
+
+
+@pytest.mark.slow
+def test_a_step_compiles_for_tpus_that_are_not_here(options):
+    if importlib.util.find_spec("libtpu") is None:
+        pytest.skip("TPU's compiler is not installed: pip install libtpu")
+    found = estimate.estimate(options, "v5e-16", clips=1)
+    assert found.memory.fits
+    assert found.host_calls == ()
+    assert "f64" not in found.types
+    assert found.xla["flops_with_loops"] == pytest.approx(found.program_flops, rel=0.3)
+    assert 0 < found.projection.mfu < 1
+    assert {row["part"] for row in found.exchanges} <= {"reduce_gradients", "losses", "other"}
+    assert found.projection.step > 0
