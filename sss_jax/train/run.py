@@ -76,7 +76,9 @@ def open_folder(workdir: Path, options: Options, split: Split, data: str, *, fre
         _discard(workdir)
     now = identity(options, split)
     if known.is_file():
-        check_identity(json.loads(known.read_text())["identity"], now)
+        # Options that are newer than the run had their defaults when it began.
+        begun = identity(Options(), split) | json.loads(known.read_text())["identity"]
+        check_identity(begun, now)
     elif (workdir / "checkpoints").exists():
         raise ConfigError(f"{workdir} has checkpoints but no run.json; choose another --workdir")
     write_text(workdir / "config.json", config.to_json(options))
