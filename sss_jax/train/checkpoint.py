@@ -23,7 +23,7 @@ import numpy as np
 from etils import epath
 
 from sss_jax.axes import PyTree
-from sss_jax.errors import CheckpointError
+from sss_jax.errors import CheckpointError, PeerLost
 from sss_jax.train import array_files as af
 from sss_jax.train import manifest as mf
 from sss_jax.train import step_folders as sf
@@ -76,6 +76,8 @@ class Checkpointer:
         return self
 
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        if isinstance(error, PeerLost):
+            return  # a save that waits for a process that is gone never ends
         try:
             self.close()
         except CheckpointError as late:

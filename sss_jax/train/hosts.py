@@ -6,6 +6,7 @@ With one process everything here is the identity.
 import contextlib
 import hashlib
 import json
+import re
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -13,8 +14,10 @@ import jax
 import numpy as np
 from jax.sharding import NamedSharding
 
-from sss_jax.errors import ConfigError, PeerLost, SSSError
+from sss_jax.errors import CheckpointError, ConfigError, PeerLost, SSSError
 
+_PARTNER = re.compile(r"(?i)gloo|nccl|peer|barrier|heartbeat|coordination|unavailable|deadline")
+"""Words of the libraries' errors where a partner is the reason."""
 HEARTBEAT_SECONDS = 30
 """Silence after which a process counts as gone; the others then stop."""
 
@@ -125,14 +128,14 @@ def losses_of_peers() -> Iterator[None]:
     """
     try:
         yield
-    except jax.errors.JaxRuntimeError as error:
-        if jax.process_count() == 1:
+    except (jax.errors.JaxRuntimeError, CheckpointError) as error:
+        said = str(error).splitlines()[0]
+        if jax.process_count() == 1 or not _PARTNER.search(said):
             raise
-        first = str(error).splitlines()[0][:200]
         raise PeerLost(
-            f"process {jax.process_index()}: an exchange with the others failed ({first}); one of "
-            "them is probably gone. Restart all with the same command: the run goes on from its "
-            "last checkpoint"
+            f"process {jax.process_index()}: an exchange with the others failed ({said[-300:]}); "
+            "one of them is probably gone. Restart all with the same command: the run goes on from "
+            "its last checkpoint"
         ) from error
 
 

@@ -52,7 +52,7 @@ def train(
     source = open_source(data, options)
     split = run.read_split(options, source)
     workdir.mkdir(parents=True, exist_ok=True)
-    with contextlib.ExitStack() as held, StopSignal() as stop, hosts.losses_of_peers():
+    with contextlib.ExitStack() as held, StopSignal() as stop:
         hosts.refuse_differing([__version__, run.identity(options, split), options])
 
         def open_folder() -> None:
@@ -60,7 +60,7 @@ def train(
             run.open_folder(workdir, options, split, source.name, fresh=fresh)
 
         hosts.led(open_folder)
-        with Checkpointer(workdir / "checkpoints") as checkpointer:
+        with Checkpointer(workdir / "checkpoints") as checkpointer, hosts.losses_of_peers():
             return _Run(options, source, split, workdir, checkpointer, stop).to_the_end()
 
 
