@@ -11,7 +11,7 @@ demo: $(VENV)/.ready
 
 test: lint
 	# The longest files first, so that no core waits for the other at the end.
-	$(BIN)/python -m pytest -m "not slow" -n 2 --dist loadfile --no-loadscope-reorder tests/train tests/ssl tests
+	$(BIN)/python -m pytest -m "not slow" -n 2 --dist loadfile --no-loadscope-reorder tests/train/test_loop.py tests/train tests/ssl tests
 
 test-slow: $(VENV)/.ready
 	$(BIN)/python -m pytest -m slow
