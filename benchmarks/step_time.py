@@ -20,8 +20,8 @@ import numpy as np
 from sss_jax import config, flops
 from sss_jax.benchmarks import result
 from sss_jax.options import Options
-from sss_jax.train.mesh import batch_fields, make_driver
-from sss_jax.train.setup import set_up
+from sss_jax.train.mesh import make_driver
+from sss_jax.train.setup import batch_fields, key_shape, set_up
 from sss_jax.train.state import init_all_params, state_of
 from sss_jax.train.step import make_train_step, root_key
 
@@ -90,7 +90,7 @@ def count(options: Options) -> int:
     """Count the operations of the products and convolutions of one step, on shapes alone."""
     model, optimizer, _, state = set_up(options)
     step = make_train_step(model, options, optimizer)
-    return flops.count(step, state, batch_fields(options), jax.eval_shape(lambda: root_key(0)))
+    return flops.count(step, state, batch_fields(options), key_shape())
 
 
 def compile_step(name: str, options: Options) -> Compiled:

@@ -206,6 +206,9 @@ def _add_estimate(verbs: Any) -> None:
     verb.add_argument(
         "--largest", action="store_true", help="search the most clips per device that fit"
     )
+    verb.add_argument(
+        "--quick", action="store_true", help="least effort of the compiler: figures are upper ends"
+    )
     verb.epilog = "Settings are changed by --config.GROUP.FIELD=VALUE. Needs: pip install libtpu."
 
 
@@ -362,9 +365,9 @@ def _estimate(args: argparse.Namespace) -> int:
     from sss_jax.estimate import estimate, largest, render
 
     if args.largest:
-        found = largest(options, args.topology, report=_say)
+        found = largest(options, args.topology, quick=args.quick, report=_say)
     else:
-        found = [estimate(options, args.topology, clips=args.clips, report=_say)]
+        found = [estimate(options, args.topology, clips=args.clips, quick=args.quick, report=_say)]
     if args.json:
         print(json.dumps([one.to_json() for one in found], indent=2))
     else:

@@ -21,10 +21,11 @@ from sss_jax.hlo import Collective, Cost, Program
 from sss_jax.options import Options
 from sss_jax.topology import Topology, parse
 from sss_jax.train import sharding
-from sss_jax.train.mesh import batch_fields, make_mesh_step
-from sss_jax.train.setup import set_up
+from sss_jax.train.mesh import make_mesh_step
+from sss_jax.train.setup import Setup, batch_fields, key_shape, set_up
 from sss_jax.train.step import make_train_step
 
+_LEAST_EFFORT = {"exec_time_optimization_effort": -1.0}
 _FULL = re.compile(r"Used ([\d.]+)([KMG]) of ([\d.]+)([KMG]) hbm")
 _UNITS = {"K": 2**10, "M": 2**20, "G": 2**30}
 
@@ -79,7 +80,11 @@ class Projection:
 
 @dataclasses.dataclass(frozen=True)
 class Estimate:
-    """All that is known of one configuration on one topology; amounts are per device and step."""
+    """All that is known of one configuration on one topology; amounts are per device and step.
+
+    With `quick` the compiler spent its least effort: a program that needs somewhat more memory and
+    moves more bytes than the one that would run.
+    """
 
     topology: str
     chip: str
@@ -92,6 +97,7 @@ class Estimate:
     program_flops: int
     memory: Memory | None = None
     compile_s: float | None = None
+    quick: bool = False
     xla: dict[str, float] | None = None
     exchanges: tuple[dict[str, Any], ...] = ()
     parts: tuple[dict[str, Any], ...] = ()
@@ -114,6 +120,7 @@ def estimate(
     name: str,
     *,
     clips: int | None = None,
+    quick: bool = False,
     report: Callable[[str], None] = lambda line: None,
 ) -> Estimate:
     """Compile the step of a configuration for a topology and read off what it takes.
@@ -123,6 +130,7 @@ def estimate(
         name: topology, such as `v5e-16`, `v5p-64`, `2xv5e-16`; GPUs (`h100-8`) cannot be compiled
             for without one, so only what needs no compiler is returned for them.
         clips: labelled and unlabelled clips per device; by default the configuration's batch.
+        quick: compile with the least effort, several times as fast.
         report: receives lines of progress.
 
     Raises:
@@ -133,42 +141,60 @@ def estimate(
     shards = topology.devices // options.mesh.context
     options = options if clips is None else with_clips(options, clips * shards)
     sharding.check_batches(options.train, shards, semi=options.semi.enabled)
-    plain = _counted(options, name, topology, axes)
+    setup = set_up(options)
+    plain = _counted(setup, options, name, topology, axes)
     if not topology.is_tpu:
         return plain
     devices = tpu_devices(topology)
     report(f"compiling for {name}, {options.train.labelled_batch // shards} clips a device ...")
     began = time.monotonic()
-    compiled = _compile(options, devices)
+    compiled = _compile(setup, options, devices, quick=quick)
     seconds = round(time.monotonic() - began, 1)
     report(f"compiled in {seconds:.0f} s")
+    plain = dataclasses.replace(plain, compile_s=seconds, quick=quick)
     if isinstance(compiled, Memory):
-        return dataclasses.replace(plain, memory=compiled, compile_s=seconds)
-    return _read(plain, compiled, topology, options, seconds)
+        return dataclasses.replace(plain, memory=compiled)
+    return _read(plain, compiled, topology)
 
 
 def largest(
-    options: Options, name: str, report: Callable[[str], None] = lambda line: None
+    options: Options,
+    name: str,
+    *,
+    quick: bool = False,
+    report: Callable[[str], None] = lambda line: None,
 ) -> list[Estimate]:
     """Find the largest number of clips per device that fits, by compiling.
+
+    Memory grows by almost the same with every clip, so two sizes foretell where it ends; that
+    size and the next one are then compiled.
 
     Returns:
         The estimates in the order they were made; the last one that fits is the largest.
     """
-    made: dict[int, Estimate] = {}
+    made: dict[int, Memory | None] = {}
+    found = []
 
     def fits(clips: int) -> bool:
-        made[clips] = estimate(options, name, clips=clips, report=report)
-        memory = made[clips].memory
+        found.append(estimate(options, name, clips=clips, quick=quick, report=report))
+        made[clips] = memory = found[-1].memory
         return memory is not None and memory.fits
 
-    low, high = 0, 1
-    while fits(high):
-        low, high = high, 2 * high
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (middle, high) if fits(middle) else (low, middle)
-    return list(made.values())
+    low, high, clips = 0, 0, 1
+    while not high or high - low > 1:
+        low, high = (clips, high) if fits(clips) else (low, clips)
+        clips = _foretold(made, low, high)
+    return found
+
+
+def _foretold(made: dict[int, Memory | None], low: int, high: int) -> int:
+    """Guess the most clips that fit, above `low`, and below `high` unless that is 0: unknown."""
+    (first, memory), *_, (last, other) = sorted(made.items())[0], sorted(made.items())[-1]
+    guess = 2 * low
+    if memory and other and last > first and other.total > memory.total:
+        slope = (other.total - memory.total) / (last - first)
+        guess = first + int((memory.capacity - memory.total) / slope)
+    return min(max(guess, low + 1), high - 1 if high else max(guess, low + 1))
 
 
 def with_clips(options: Options, clips: int) -> Options:
@@ -202,11 +228,15 @@ def tpu_devices(topology: Topology) -> list[Any]:
     return list(found.devices)
 
 
-def _counted(options: Options, name: str, topology: Topology, mesh: dict[str, int]) -> Estimate:
+def _counted(
+    setup: Setup, options: Options, name: str, topology: Topology, mesh: dict[str, int]
+) -> Estimate:
     """What needs no compiler."""
     train, devices = options.train, topology.devices
     shards = devices // options.mesh.context
-    state = set_up(options).state
+    operations = _operations(setup, options)
+    lean = _without_remat(options)
+    model = operations if lean == options else _operations(set_up(lean), lean)
     return Estimate(
         topology=name,
         chip=topology.chip.name,
@@ -217,17 +247,15 @@ def _counted(options: Options, name: str, topology: Topology, mesh: dict[str, in
             train.unlabelled_batch // shards if options.semi.enabled else 0,
         ),
         slices=options.data.clip_slices,
-        parameters=sum(leaf.size for leaf in jax.tree.leaves(state["params"])),
-        model_flops=_operations(_without_remat(options)) // devices,
-        program_flops=_operations(options) // devices,
+        parameters=sum(leaf.size for leaf in jax.tree.leaves(setup.state["params"])),
+        model_flops=model // devices,
+        program_flops=operations // devices,
     )
 
 
-def _operations(options: Options) -> int:
-    model, optimizer, _, state = set_up(options)
-    step = make_train_step(model, options, optimizer)
-    key = jax.eval_shape(lambda: jax.random.key(0))
-    return flops.count(step, state, batch_fields(options), key)
+def _operations(setup: Setup, options: Options) -> int:
+    step = make_train_step(setup.model, options, setup.optimizer)
+    return flops.count(step, setup.state, batch_fields(options), key_shape())
 
 
 def _without_remat(options: Options) -> Options:
@@ -236,16 +264,14 @@ def _without_remat(options: Options) -> Options:
     return dataclasses.replace(options, model=model, memory=memory)
 
 
-def _compile(options: Options, devices: list[Any]) -> Any:
+def _compile(setup: Setup, options: Options, devices: list[Any], *, quick: bool = False) -> Any:
     """Return the compiled step, or the memory that it would take where it does not fit."""
-    model, optimizer, _, state = set_up(options)
     mesh = sharding.make_mesh(options.mesh, devices)
-    fields = batch_fields(options)
-    step, _, _ = make_mesh_step(model, options, optimizer, state, fields, mesh)
-    key = jax.eval_shape(lambda: jax.random.key(0))
-    lowered = step.lower(state, fields, key)
+    fields, state = batch_fields(options), setup.state
+    step, _, _ = make_mesh_step(setup.model, options, setup.optimizer, state, fields, mesh)
+    lowered = step.lower(state, fields, key_shape())
     try:
-        return lowered.compile()
+        return lowered.compile(_LEAST_EFFORT if quick else None)
     except jax.errors.JaxRuntimeError as error:
         full = _FULL.search(str(error))
         if full is None:
@@ -254,9 +280,7 @@ def _compile(options: Options, devices: list[Any]) -> Any:
         return Memory(state=0, temporary=0, total=used, capacity=capacity)
 
 
-def _read(
-    plain: Estimate, compiled: Any, topology: Topology, options: Options, seconds: float
-) -> Estimate:
+def _read(plain: Estimate, compiled: Any, topology: Topology) -> Estimate:
     program = Program(compiled.as_text())
     costs, collectives = program.costs(), program.collectives()
     sizes, xla = compiled.memory_analysis(), compiled.cost_analysis() or {}
@@ -266,7 +290,6 @@ def _read(
     return dataclasses.replace(
         plain,
         memory=Memory(state, temporary, state + temporary + fresh, topology.chip.memory),
-        compile_s=seconds,
         xla={
             "flops": xla.get("flops", 0.0),
             "bytes": xla.get("bytes accessed", 0.0),
@@ -320,7 +343,7 @@ def render(found: Estimate) -> str:
     verdict = f"fits, {spare:.2f} GiB spare" if memory.fits else f"TOO LARGE by {-spare:.2f} GiB"
     lines.append(
         f"memory per device: {memory.total / gib:.2f} of {memory.capacity / gib:.2f} GiB, {verdict}"
-        f" (compiled in {found.compile_s:.0f} s)"
+        f" (compiled in {found.compile_s:.0f} s{', with the least effort' if found.quick else ''})"
     )
     if found.projection is None:
         return "\n".join(lines)

@@ -55,11 +55,12 @@ def test_a_program_that_is_too_large_says_by_how_much(options, whole, monkeypatc
         def lower(self, *_):
             return self
 
-        def compile(self):
+        def compile(self, settings):
+            assert settings is None
             raise jax.errors.JaxRuntimeError(text)
 
     monkeypatch.setattr(estimate, "make_mesh_step", lambda *_: (Large(), None, None))
-    found = estimate._compile(options, jax.devices())
+    found = estimate._compile(estimate.set_up(options), options, jax.devices())
     assert found.total == int(20.5 * 2**30)
     assert not found.fits
     assert "TOO LARGE by 4.75 GiB" in estimate.render(
@@ -67,18 +68,30 @@ def test_a_program_that_is_too_large_says_by_how_much(options, whole, monkeypatc
     )
 
 
-def test_the_search_ends_at_the_last_that_fits(options, whole, monkeypatch):
-    tried = []
+@pytest.mark.parametrize(
+    ("memory", "tried"),
+    [
+        (lambda clips: 1 + 3 * clips, [1, 2, 5, 6]),
+        (lambda clips: 2 + clips * clips, [1, 2, 5, 3, 4]),
+        (lambda clips: 17, [1]),
+        (lambda clips: 9 * clips, [1, 2]),
+        (lambda clips: 8 + clips // 4, [1, 2, 4, 25, 33, 34, 35, 36]),
+    ],
+)
+def test_the_search_ends_at_the_last_that_fits(options, whole, monkeypatch, memory, tried):
+    asked = []
 
-    def pretend(options, name, *, clips, report):
-        tried.append(clips)
-        memory = estimate.Memory(0, 0, total=3 * clips, capacity=16)
-        return dataclasses.replace(whole, clips=(clips, clips), memory=memory)
+    def pretend(options, name, *, clips, quick, report):
+        asked.append(clips)
+        held = estimate.Memory(0, 0, total=memory(clips), capacity=16)
+        return dataclasses.replace(whole, clips=(clips, clips), memory=held)
 
     monkeypatch.setattr(estimate, "estimate", pretend)
     found = estimate.largest(options, "v5e-16")
-    assert tried == [1, 2, 4, 8, 6, 5]
-    assert max(one.clips[0] for one in found if one.memory.fits) == 5
+    assert asked == tried
+    last = max([one.clips[0] for one in found if one.memory.fits], default=0)
+    assert last == 0 or memory(last) <= 16
+    assert memory(last + 1) > 16
 
 
 @pytest.mark.slow

@@ -9,7 +9,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 
 from sss_jax.axes import Array, Float
-from sss_jax.models import layers, position
+from sss_jax.models import layers, position, repeats
 from sss_jax.models.attention import attention, large_attention
 from sss_jax.models.initial import initialiser
 from sss_jax.models.presets import Sam2Config
@@ -189,14 +189,33 @@ class Hiera(nn.Module):
         c = self.config
         x = PatchEmbed(c, name="patch_embed")(image_BHWC)
         x = x + self._position(x.shape[1], x.shape[2]).astype(x.dtype)
-        ends = {sum(c.depths[: i + 1]) - 1 for i in range(len(c.depths))}
-        block = nn.remat(Block) if c.remat else Block
+        ends = {sum(c.depths[: i + 1]) for i in range(len(c.depths))}
         outputs = []
-        for i, shape in enumerate(block_table(c)):
-            x = block(*shape, c.mlp_ratio, c.compute_dtype, name=f"blocks_{i}")(x)
-            if i in ends:
+        for run in self._runs():
+            x = self._repeated(run, x) if run.times > 1 else self._plain(run.first, x)
+            if run.end in ends:
                 outputs.append(x)
         return outputs
+
+    def _runs(self) -> list[repeats.Run]:
+        """Blocks of a stage that are the same again; parameters are made one by one."""
+        table = block_table(self.config)
+        if self.config.loop_blocks and not self.is_initializing():
+            return repeats.find_runs(table)
+        return [repeats.Run(i, 1, 1) for i in range(len(table))]
+
+    def _plain(self, i: int, x: Array) -> Array:
+        c = self.config
+        block = nn.remat(Block) if c.remat else Block
+        shape = block_table(c)[i]
+        return block(*shape, c.mlp_ratio, c.compute_dtype, name=f"blocks_{i}")(x)
+
+    def _repeated(self, run: repeats.Run, x: Array) -> Array:
+        c = self.config
+        shapes = block_table(c)[run.first : run.first + run.period]
+        group = [Block(*shape, c.mlp_ratio, c.compute_dtype, parent=None) for shape in shapes]
+        params = [self.variables["params"][f"blocks_{i}"] for i in range(run.first, run.end)]
+        return repeats.loop(group, params, x, remat=c.remat)
 
     def _position(self, height: int, width: int) -> Array:
         c = self.config

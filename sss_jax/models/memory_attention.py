@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from sss_jax.axes import Array, Bool, Float
-from sss_jax.models import layers, position
+from sss_jax.models import layers, position, repeats
 from sss_jax.models.attention import large_attention
 from sss_jax.models.initial import initialiser
 from sss_jax.models.presets import Sam2Config
@@ -173,7 +173,12 @@ class MemoryAttention(nn.Module):
         place = jnp.asarray(position.sine_position(h, w, d), coarse_BHWD.dtype)
         x = coarse_BHWD.reshape(b, 1, h * w, d) + POSITION_SHARE * place[None, None]
         table = position.rotation(h, w, d)
-        for i in range(c.memory_layers):
+        # The first layer gives every object features of its own; the others are alike.
+        looped = c.loop_blocks and not self.is_initializing() and c.memory_layers > 2
+        for i in range(1 if looped else c.memory_layers):
             x = MemoryAttentionLayer(c, name=f"layers_{i}")(x, memory, table)
+        if looped:
+            params = [self.variables["params"][f"layers_{i}"] for i in range(1, c.memory_layers)]
+            x = repeats.loop([MemoryAttentionLayer(c, parent=None)], params, x, memory, table)
         x = layers.LayerNorm(c.compute_dtype, EPSILON, name="norm")(x)
         return x.reshape(b, -1, h, w, d)

@@ -17,6 +17,7 @@ class Sam2Config:
         image_size: side of the square input, pixels; no parameter depends on it.
         dtype: computation type; parameters are float32.
         remat: recompute the activations of every trunk block in the backward pass.
+        loop_blocks: equal layers as a loop, which compiles sooner.
         stem_kernel: side of the patch convolution.
         stem_stride: its stride, which is the stride of the finest level.
         embed_dim: width of stage 1; every later stage doubles it.
@@ -50,6 +51,7 @@ class Sam2Config:
     image_size: int = 1024
     dtype: str = "float32"
     remat: bool = False
+    loop_blocks: bool = False
 
     stem_kernel: int = 7
     stem_stride: int = 4
@@ -160,6 +162,7 @@ def preset(
     dtype: str = "float32",
     remat: bool = False,
     *,
+    loop_blocks: bool = False,
     version: str = "2.1",
     memory: bool = True,
 ) -> Sam2Config:
@@ -177,6 +180,7 @@ def preset(
         image_size=image_size,
         dtype=dtype,
         remat=remat,
+        loop_blocks=loop_blocks,
         version=version,
         memory=memory,
         **_PRESETS[name],

@@ -183,7 +183,14 @@ def build_model(options: Options) -> SSSModel:
     """Make the network that `options` describe; without memory, without the parts for it."""
     model = options.model
     memory = options.memory.kind != "none"
-    config = preset(model.preset, model.image_size, model.dtype, model.remat, memory=memory)
+    config = preset(
+        model.preset,
+        model.image_size,
+        model.dtype,
+        model.remat,
+        loop_blocks=model.loop_blocks,
+        memory=memory,
+    )
     return SSSModel(config, model.num_classes, model.class_token_std)
 
 

@@ -18,6 +18,7 @@ from sss_jax.options import MeshOptions, Options
 from sss_jax.parallel import pmean
 from sss_jax.train import sharding
 from sss_jax.train.hosts import part_of_batch
+from sss_jax.train.setup import batch_fields
 from sss_jax.train.sharding import CLIPS, CONTEXT, DATA
 from sss_jax.train.step import (
     Exchange,
@@ -216,23 +217,3 @@ def _pmap_driver(
         return copies(jax.jit(make)())
 
     return Driver(step, create, copies, place_batch, copies, fetch, lambda tree: tree)
-
-
-def batch_fields(options: Options) -> PyTree:
-    """Return the shapes of a global batch, as the loader makes it."""
-    model, data, train = options.model, options.data, options.train
-    sizes = {"labelled": train.labelled_batch}
-    if options.semi.enabled:
-        sizes["unlabelled"] = train.unlabelled_batch
-
-    def stream(name: str, clips: int) -> dict[str, jax.ShapeDtypeStruct]:
-        plane = (clips, data.clip_slices, model.image_size, model.image_size)
-        fields = {
-            "image": jax.ShapeDtypeStruct((*plane, 1), np.float32),
-            "slice_mask": jax.ShapeDtypeStruct(plane[:2], np.bool_),
-            "id": jax.ShapeDtypeStruct((clips,), np.int32),
-        }
-        labels = {"label": jax.ShapeDtypeStruct(plane, np.int32)}
-        return fields | labels if name == "labelled" else fields
-
-    return {name: stream(name, clips) for name, clips in sizes.items()}

@@ -3,6 +3,7 @@
 from typing import NamedTuple
 
 import jax
+import numpy as np
 import optax
 
 from sss_jax.axes import PyTree
@@ -33,8 +34,32 @@ def set_up(options: Options) -> Setup:
     """Trace what `options` describe; no array of the network is made."""
     model = build_model(options)
     memory = empty_bank(model, options.memory)
-    key = jax.eval_shape(lambda: jax.random.key(0))
-    params = jax.eval_shape(lambda k: init_all_params(model, options, k), key)
+    params = jax.eval_shape(lambda k: init_all_params(model, options, k), key_shape())
     optimizer = make_optimizer(options.optimizer, options.train.steps, params)
     state = jax.eval_shape(lambda p: state_of(p, optimizer, memory), params)
     return Setup(model, optimizer, memory, state)
+
+
+def key_shape() -> jax.ShapeDtypeStruct:
+    """Return the shape of a key."""
+    return jax.eval_shape(lambda: jax.random.key(0))
+
+
+def batch_fields(options: Options) -> PyTree:
+    """Return the shapes of a global batch, as the loader makes it."""
+    model, data, train = options.model, options.data, options.train
+    sizes = {"labelled": train.labelled_batch}
+    if options.semi.enabled:
+        sizes["unlabelled"] = train.unlabelled_batch
+
+    def stream(name: str, clips: int) -> dict[str, jax.ShapeDtypeStruct]:
+        plane = (clips, data.clip_slices, model.image_size, model.image_size)
+        fields = {
+            "image": jax.ShapeDtypeStruct((*plane, 1), np.float32),
+            "slice_mask": jax.ShapeDtypeStruct(plane[:2], np.bool_),
+            "id": jax.ShapeDtypeStruct((clips,), np.int32),
+        }
+        labels = {"label": jax.ShapeDtypeStruct(plane, np.int32)}
+        return fields | labels if name == "labelled" else fields
+
+    return {name: stream(name, clips) for name, clips in sizes.items()}

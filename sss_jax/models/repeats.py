@@ -1,0 +1,89 @@
+"""Equal layers as a loop: the compiler then sees one of them, whatever the depth.
+
+Parameters keep a place of their own for every layer (weights are converted and frozen by name) and
+are stacked where they are used.
+"""
+
+from collections.abc import Hashable, Sequence
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from sss_jax.axes import Array, PyTree
+
+
+class Run(NamedTuple):
+    """Layers `first` to `first + period * times`; every `period` of them are the same again."""
+
+    first: int
+    period: int
+    times: int
+
+    @property
+    def end(self) -> int:
+        """Number of the first layer behind it."""
+        return self.first + self.period * self.times
+
+
+def find_runs(layers: Sequence[Hashable]) -> list[Run]:
+    """Cut a row of layers into repeated groups, so that as few as possible stand in the program.
+
+    Args:
+        layers: shapes of the layers; equal ones are interchangeable.
+    """
+    count = len(layers)
+    # best[i]: fewest layers in the program of those from i on, and the runs.
+    best: list[tuple[int, list[Run]]] = [(0, [])] * (count + 1)
+    for first in reversed(range(count)):
+        candidates = [(1 + best[first + 1][0], [Run(first, 1, 1), *best[first + 1][1]])]
+        for period in range(1, count - first + 1):
+            for times in range(2, _repetitions(layers, first, period) + 1):
+                run = Run(first, period, times)
+                size, rest = best[run.end]
+                candidates.append((period + size, [run, *rest]))
+        best[first] = min(candidates, key=lambda found: (found[0], len(found[1])))
+    return best[0][1]
+
+
+def _repetitions(layers: Sequence[Hashable], first: int, period: int) -> int:
+    times = 1
+    group = list(layers[first : first + period])
+    while list(layers[first + times * period : first + (times + 1) * period]) == group:
+        times += 1
+    return times
+
+
+def loop(
+    group: Sequence[nn.Module],
+    params: Sequence[PyTree],
+    x: Array,
+    *rest: Any,
+    remat: bool = False,
+) -> Array:
+    """Apply a group of layers again and again, each time with the next parameters.
+
+    Args:
+        group: unbound layers; each maps x to an x of the same shape.
+        params: parameters of all layers, in order; a multiple of the group.
+        x: what goes in.
+        rest: further arguments of every layer.
+        remat: recompute the activations of a layer in the backward pass.
+    """
+    count = len(group)
+    stacked = [
+        jax.tree.map(lambda *same: jnp.stack(same), *params[place::count]) for place in range(count)
+    ]
+
+    def apply(layer: nn.Module, own: PyTree, x: Array) -> Array:
+        y: Any = layer.apply({"params": own}, x, *rest)
+        return y
+
+    def turn(x: Array, owns: list[PyTree]) -> tuple[Array, None]:
+        for layer, own in zip(group, owns, strict=True):
+            call = jax.checkpoint(apply, static_argnums=0) if remat else apply
+            x = call(layer, own, x)
+        return x, None
+
+    return jax.lax.scan(turn, x, stacked)[0]
