@@ -19,7 +19,7 @@ ORDER = [
     {"metrics", "losses"},
     {"ssl"},
     {"train"},
-    {"evaluate", "predict", "report", "doctor", "sam2", "estimate"},
+    {"evaluate", "predict", "report", "doctor", "sam2", "estimate", "launch"},
     {"cli"},
 ]
 RANK = {room: rank for rank, rooms in enumerate(ORDER) for room in rooms}
