@@ -34,6 +34,11 @@ class ModelOptions:
     num_classes: int = option(1, "foreground classes K; labels are 0..K", low=1, high=254)
     dtype: str = option("float32", "computation type", choices=("float32", "bfloat16"))
     remat: bool = option(False, "recompute trunk activations in the backward pass")
+    remat_keeps: str = option(
+        "nothing",
+        "what a recomputed block keeps: nothing, or the results of its products",
+        choices=("nothing", "products"),
+    )
     loop_blocks: bool = option(False, "equal layers as a loop, which compiles sooner")
     init: str = option("", "folder of converted SAM-2 weights to start from; empty: random")
     class_token_std: float = option(

@@ -6,6 +6,7 @@ Source: Hiera (Ryali et al. 2023) and SAM 2 (Ravi et al. 2024).
 from typing import NamedTuple
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 
 from sss_jax.axes import Array, Float
@@ -151,6 +152,13 @@ class Block(nn.Module):
         return x + layers.MLP(hidden, layers.gelu, self.dtype, name="mlp")(y)
 
 
+_KEEPS = {
+    "nothing": None,
+    "products": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+}
+"""What a recomputed block keeps, for the backward pass."""
+
+
 class PatchEmbed(nn.Module):
     """Overlapping patches: one strided convolution.
 
@@ -206,7 +214,7 @@ class Hiera(nn.Module):
 
     def _plain(self, i: int, x: Array) -> Array:
         c = self.config
-        block = nn.remat(Block) if c.remat else Block
+        block = nn.remat(Block, policy=_KEEPS[c.remat_keeps]) if c.remat else Block
         shape = block_table(c)[i]
         return block(*shape, c.mlp_ratio, c.compute_dtype, name=f"blocks_{i}")(x)
 
@@ -215,7 +223,7 @@ class Hiera(nn.Module):
         shapes = block_table(c)[run.first : run.first + run.period]
         group = [Block(*shape, c.mlp_ratio, c.compute_dtype, parent=None) for shape in shapes]
         params = [self.variables["params"][f"blocks_{i}"] for i in range(run.first, run.end)]
-        return repeats.loop(group, params, x, remat=c.remat)
+        return repeats.loop(group, params, x, remat=c.remat, policy=_KEEPS[c.remat_keeps])
 
     def _position(self, height: int, width: int) -> Array:
         c = self.config

@@ -17,6 +17,7 @@ class Sam2Config:
         image_size: side of the square input, pixels; no parameter depends on it.
         dtype: computation type; parameters are float32.
         remat: recompute the activations of every trunk block in the backward pass.
+        remat_keeps: what is kept of a block all the same: "nothing", or the results of "products".
         loop_blocks: equal layers as a loop, which compiles sooner.
         stem_kernel: side of the patch convolution.
         stem_stride: its stride, which is the stride of the finest level.
@@ -51,6 +52,7 @@ class Sam2Config:
     image_size: int = 1024
     dtype: str = "float32"
     remat: bool = False
+    remat_keeps: str = "nothing"
     loop_blocks: bool = False
 
     stem_kernel: int = 7
@@ -162,6 +164,7 @@ def preset(
     dtype: str = "float32",
     remat: bool = False,
     *,
+    remat_keeps: str = "nothing",
     loop_blocks: bool = False,
     version: str = "2.1",
     memory: bool = True,
@@ -180,6 +183,7 @@ def preset(
         image_size=image_size,
         dtype=dtype,
         remat=remat,
+        remat_keeps=remat_keeps,
         loop_blocks=loop_blocks,
         version=version,
         memory=memory,

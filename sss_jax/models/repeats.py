@@ -4,7 +4,7 @@ Parameters keep a place of their own for every layer (weights are converted and 
 are stacked where they are used.
 """
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -61,6 +61,7 @@ def loop(
     x: Array,
     *rest: Any,
     remat: bool = False,
+    policy: Callable[..., Any] | None = None,
 ) -> Array:
     """Apply a group of layers again and again, each time with the next parameters.
 
@@ -70,6 +71,7 @@ def loop(
         x: what goes in.
         rest: further arguments of every layer.
         remat: recompute the activations of a layer in the backward pass.
+        policy: what is kept of them all the same (`jax.checkpoint_policies`).
     """
     count = len(group)
     stacked = [
@@ -82,7 +84,7 @@ def loop(
 
     def turn(x: Array, owns: list[PyTree]) -> tuple[Array, None]:
         for layer, own in zip(group, owns, strict=True):
-            call = jax.checkpoint(apply, static_argnums=0) if remat else apply
+            call = jax.checkpoint(apply, policy=policy, static_argnums=0) if remat else apply
             x = call(layer, own, x)
         return x, None
 

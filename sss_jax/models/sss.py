@@ -188,6 +188,7 @@ def build_model(options: Options) -> SSSModel:
         model.image_size,
         model.dtype,
         model.remat,
+        remat_keeps=model.remat_keeps,
         loop_blocks=model.loop_blocks,
         memory=memory,
     )

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from sss_jax import flops
 from sss_jax.models.hiera import Hiera, block_table
 from sss_jax.models.memory_attention import MemoryAttention, MemoryKeys
 from sss_jax.models.presets import Sam2Config, preset
@@ -83,18 +84,41 @@ def assert_same(one, other):
     )
 
 
-@pytest.mark.parametrize("remat", [False, True])
-def test_a_looped_trunk_is_the_trunk(remat):
+@pytest.fixture(scope="module")
+def trunk():
+    """Image, parameters, and what the trunk makes of them without loops."""
     image = np.random.default_rng(1).standard_normal((2, 32, 32, 3)).astype(np.float32)
-    plain = Hiera(DEEP)
-    looped = Hiera(dataclasses.replace(LOOPED, remat=remat))
-    shapes = jax.eval_shape(plain.init, jax.random.key(0), image)["params"]
-    assert shapes == jax.eval_shape(looped.init, jax.random.key(0), image)["params"]
-    params = random_like(shapes)
-    assert_same(value_and_gradient(plain, params, image), value_and_gradient(looped, params, image))
+    module = Hiera(DEEP)
+    params = random_like(jax.eval_shape(module.init, jax.random.key(0), image)["params"])
+    return image, params, value_and_gradient(module, params, image)
+
+
+@pytest.mark.parametrize(
+    "changes", [{}, {"remat": True}, {"remat": True, "remat_keeps": "products"}]
+)
+def test_a_looped_trunk_is_the_trunk(trunk, changes):
+    image, params, expected = trunk
+    looped = Hiera(dataclasses.replace(LOOPED, **changes))
+    made = jax.eval_shape(looped.init, jax.random.key(0), image)["params"]
+    assert jax.tree.map(jnp.shape, made) == jax.tree.map(jnp.shape, params)
+    assert_same(expected, value_and_gradient(looped, params, image))
     text = str(jax.make_jaxpr(looped.apply)({"params": params}, image))
     # Both blocks of stage 1, and two times a windowed and a global block of stage 3.
     assert text.count("length=2\n") == 2
+
+
+@pytest.mark.parametrize("config", [DEEP, LOOPED], ids=["blocks", "loop"])
+def test_kept_products_are_not_computed_again(trunk, config):
+    image, params, _ = trunk
+
+    def operations(**changes):
+        module = Hiera(dataclasses.replace(config, **changes))
+        gradient = jax.grad(lambda p: sum(y.sum() for y in module.apply({"params": p}, image)))
+        return flops.count(gradient, params)
+
+    plain, lean = operations(), operations(remat=True)
+    kept = operations(remat=True, remat_keeps="products")
+    assert plain < kept < lean, "the products of attention are computed again all the same"
 
 
 def test_looped_memory_attention_is_memory_attention():
