@@ -44,7 +44,7 @@ def from_scratch(config: ConfigDict, *, image_size: int, steps: int) -> ConfigDi
     config.model.preset = "nano"
     config.model.image_size = image_size
     config.model.class_token_std = 0.5
-    config.memory.remat = False
+    config.memory.remat = config.dfe.remat = False
     config.optimizer.rate = config.optimizer.encoder_rate = 1.5e-3
     config.optimizer.schedule = "cosine"
     config.optimizer.warmup_steps = 100

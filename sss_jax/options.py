@@ -158,6 +158,7 @@ class DFEOptions:
     level_4: bool = option(True, "use the finest level (stride 4)")
     level_8: bool = option(True, "use the middle level (stride 8)")
     level_16: bool = option(True, "use the coarsest level (stride 16)")
+    remat: bool = option(True, "recompute the projections in the backward pass")
 
 
 @dataclasses.dataclass(frozen=True)

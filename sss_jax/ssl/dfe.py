@@ -159,7 +159,9 @@ def project_levels(
 ) -> dict[str, Projection]:
     """Apply `project` to every enabled level of one view (fine, middle, coarse)."""
     maps = dict(zip(LEVELS, features, strict=True))
-    return {level: project(params[level], maps[level]) for level in enabled_levels(options)}
+    # The MLP's hidden layers are the largest arrays of a step: 512 channels at stride 4.
+    apply = jax.checkpoint(project) if options.remat else project
+    return {level: apply(params[level], maps[level]) for level in enabled_levels(options)}
 
 
 def merge_levels(
