@@ -11,8 +11,12 @@ from sss_jax.axes import Array, Bool, Float
 CPU_LOGITS = 2**22
 """Logits that a CPU holds at once; more do not stay in its caches."""
 
-ACCELERATOR_LOGITS = 2**28
-"""Logits that an accelerator holds at once: 1 GiB in float32."""
+ACCELERATOR_LOGITS = 2**26
+"""Logits that an accelerator holds at once: 256 MiB in float32.
+
+Kept whole for the backward pass, those of nine objects on a 64 x 64 grid take 600 MiB in every
+layer of memory attention.
+"""
 
 SMALLEST_BLOCK = 64
 """Queries per block at least: products with fewer columns are slow."""
