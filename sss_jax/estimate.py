@@ -26,7 +26,10 @@ from sss_jax.train.setup import Setup, batch_fields, key_shape, set_up
 from sss_jax.train.step import make_train_step
 
 _LEAST_EFFORT = {"exec_time_optimization_effort": -1.0}
-_FULL = re.compile(r"Used ([\d.]+)([KMG]) of ([\d.]+)([KMG]) hbm")
+# Two ways in which the compiler says what it would take, and what there is.
+_FULL = re.compile(
+    r"(?:Used ([\d.]+)([KMG]) of|temporaries \(([\d.]+)([KMG])\)).*?([\d.]+)([KMG])", re.DOTALL
+)
 _UNITS = {"K": 2**10, "M": 2**20, "G": 2**30}
 
 
@@ -276,8 +279,9 @@ def _compile(setup: Setup, options: Options, devices: list[Any], *, quick: bool 
         full = _FULL.search(str(error))
         if full is None:
             raise
-        used, capacity = (int(float(full.group(i)) * _UNITS[full.group(i + 1)]) for i in (1, 3))
-        return Memory(state=0, temporary=0, total=used, capacity=capacity)
+        sizes = [group for group in full.groups() if group is not None]
+        used, capacity = (int(float(sizes[i]) * _UNITS[sizes[i + 1]]) for i in (0, 2))
+        return Memory(state=0, temporary=used, total=used, capacity=capacity)
 
 
 def _read(plain: Estimate, compiled: Any, topology: Topology) -> Estimate:

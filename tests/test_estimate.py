@@ -48,8 +48,15 @@ def test_what_cannot_be_is_refused_before_anything_is_traced(name, changes, mess
         estimate.estimate(options, name)
 
 
-def test_a_program_that_is_too_large_says_by_how_much(options, whole, monkeypatch):
-    text = "RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 20.50G of 15.75G hbm."
+@pytest.mark.parametrize(
+    "text",
+    [
+        "RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 20.50G of 15.75G hbm.",
+        "RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO "
+        "temporaries (20.50G) exceeds available HBM (15.75G).",
+    ],
+)
+def test_a_program_that_is_too_large_says_by_how_much(options, whole, monkeypatch, text):
 
     class Large:
         def lower(self, *_):

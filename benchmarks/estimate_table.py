@@ -1,0 +1,121 @@
+"""Whole SSS steps compiled for TPU slices that are not here: what fits, and how fast at best.
+
+    python -m sss_jax.benchmarks.estimate_table -o FILE [--only base_plus/1024/v5e-16 ...]
+
+Every cell is `sss-jax estimate --quick` for one clip of each stream per device; cells that FILE
+holds already are not compiled again, so a table may be made over several sittings. Where memory of
+two sizes is known (`--clips 1 2`), the most clips that fit are foretold from them. Needs libtpu.
+"""
+
+import argparse
+import dataclasses
+import itertools
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from sss_jax import config, estimate
+from sss_jax.benchmarks import result
+
+SETTINGS = (
+    "model.dtype=bfloat16",
+    "model.remat=true",
+    "model.loop_blocks=true",
+    "memory.remat=true",
+)
+PRESETS = ("tiny", "small", "base_plus", "large")
+SIZES = (1024, 512)
+TOPOLOGIES = ("v5e-16", "v5p-64", "v6e-256", "2xv5e-16")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Compile what is missing, one cell after the other, and write after each."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--config", default="acdc:sss")
+    parser.add_argument("--set", nargs="*", default=[], metavar="SETTING=VALUE")
+    parser.add_argument("--only", nargs="*", metavar="PRESET/SIZE/TOPOLOGY")
+    parser.add_argument("--clips", nargs="+", type=int, default=[1])
+    parser.add_argument("--full", action="store_true", help="all of the compiler's effort")
+    parser.add_argument("-o", "--output", type=Path, required=True)
+    args = parser.parse_args(argv)
+    rows = json.loads(args.output.read_text())["rows"] if args.output.exists() else []
+    every = ["/".join(map(str, c)) for c in itertools.product(PRESETS, SIZES, TOPOLOGIES)]
+    settings = [*SETTINGS, *args.set]
+    for cell, clips in itertools.product(args.only or every, args.clips):
+        wanted = {"cell": cell, "clips": clips, "quick": not args.full, "settings": settings}
+        if any(wanted.items() <= row.items() for row in rows):
+            continue
+        rows.append(wanted | compile_cell(args.config, settings, cell, clips, not args.full))
+        result.write(args.output, "estimate_table", rows, config=args.config)
+        print(render(rows), file=sys.stderr, flush=True)
+    print(render(rows))
+    return 0
+
+
+def compile_cell(
+    name: str, settings: Sequence[str], cell: str, clips: int, quick: bool
+) -> dict[str, Any]:
+    """Estimate one cell; what the page needs of it."""
+    preset, size, topology = cell.split("/")
+    own = [f"model.preset={preset}", f"model.image_size={size}"]
+    options = config.load(name, [*settings, *own])
+    say = lambda line: print(f"{cell}: {line}", file=sys.stderr, flush=True)  # noqa: E731
+    found = estimate.estimate(options, topology, clips=clips, quick=quick, report=say)
+    values = found.to_json()
+    values.pop("clips")
+    return values
+
+
+def share_of_exchanges(row: dict[str, Any]) -> float | None:
+    """Part of the projected step that is exchange."""
+    if not row["projection"]:
+        return None
+    return float(row["projection"]["exchange"] / row["projection"]["step"])
+
+
+def most_clips(rows: Sequence[dict[str, Any]], row: dict[str, Any]) -> int | None:
+    """Most clips of each stream that fit, foretold from two sizes; None where one is known."""
+    sizes = {
+        other["clips"]: estimate.Memory(**_fields(other["memory"]))
+        for other in rows
+        if all(other[key] == row[key] for key in ("cell", "quick", "settings"))
+    }
+    if len(sizes) < 2:
+        return None
+    (first, one), *_, (last, other) = sorted(sizes.items(), key=lambda size: size[0])
+    slope = (other.total - one.total) / (last - first)
+    return first + int((one.capacity - one.total) // slope)
+
+
+def _fields(memory: dict[str, Any]) -> dict[str, Any]:
+    names = [field.name for field in dataclasses.fields(estimate.Memory)]
+    return {name: memory[name] for name in names}
+
+
+def render(rows: Sequence[dict[str, Any]]) -> str:
+    """Write the rows as a Markdown table."""
+    lines = [
+        "| network | px | machines | clips | memory, GiB of | fits | most clips | step, ms | "
+        "slices/s | MFU | exchanges | compiled in, s |",
+        "| --- " * 12 + "|",
+    ]
+    for row in rows:
+        preset, size, topology = row["cell"].split("/")
+        memory, time = row["memory"], row["projection"]
+        held = f"{memory['total'] / 2**30:.1f} of {memory['capacity'] / 2**30:.1f}"
+        most = most_clips(rows, row)
+        cells = [preset, size, topology, str(row["clips"]), held]
+        cells += ["yes" if memory["fits"] else "no", "" if most is None else str(most)]
+        if time:
+            cells += [f"{time['step'] * 1e3:.0f}", f"{time['slices_per_s']:.0f}"]
+            cells += [f"{time['mfu']:.0%}", f"{share_of_exchanges(row):.1%}"]
+        else:
+            cells += [""] * 4
+        lines.append(f"| {' | '.join([*cells, format(row['compile_s'], '.0f')])} |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
