@@ -1,6 +1,5 @@
 """Drivers of the step: one pure function, over a mesh (default) or under pmap."""
 
-import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -15,7 +14,6 @@ from sss_jax.compiling import LARGE_IMAGE, compiler_options
 from sss_jax.errors import ConfigError
 from sss_jax.models.sss import SSSModel
 from sss_jax.options import MeshOptions, Options
-from sss_jax.parallel import pmean
 from sss_jax.train import sharding
 from sss_jax.train.hosts import part_of_batch
 from sss_jax.train.setup import batch_fields
@@ -118,7 +116,6 @@ def _over_mesh(
     exchange = Exchange(
         whole=lambda shards: sharding.whole(shards, held),
         reduce=lambda gradients: sharding.reduce(gradients, cuts["params"]),
-        mean=functools.partial(pmean, axis=CLIPS),
     )
     everywhere: Any = P()
     # A compiler that need not split rows is left nothing to decide.

@@ -1,6 +1,5 @@
 """The training step: pure, the same function under jit, pmap, shard_map and over any mesh."""
 
-import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -44,12 +43,10 @@ class Exchange(NamedTuple):
         whole: from what a device holds to all parameters.
         reduce: from gradients of all parameters, for one device's share of the batch, to the
             average over devices of what a device holds.
-        mean: average of scalars over devices.
     """
 
     whole: Callable[[PyTree], PyTree]
     reduce: Callable[[PyTree], PyTree]
-    mean: Callable[[PyTree], PyTree]
 
 
 GradientFunction = Callable[[PyTree, PyTree, PyTree, Batch, Array, Array], Gradients]
@@ -64,8 +61,7 @@ def make_gradients(
     the shard's part; without it the batch is global. With `train.accumulate` above 1 the batch is
     cut into that many, one after the other, and the average is returned.
     """
-    mean = functools.partial(pmean, axis=axis)
-    devices = exchange or Exchange(lambda tree: tree, mean, mean)
+    devices = exchange or Exchange(lambda tree: tree, lambda tree: pmean(tree, axis))
     parts = options.train.accumulate
 
     def of_batch(
@@ -108,9 +104,7 @@ def make_gradients(
             )
         # The losses already sum over devices, and psum transposes to psum: each device holds
         # n times its share of the gradient, so the mean over devices is the global gradient.
-        return found._replace(
-            of_params=devices.reduce(found.of_params), aux=devices.mean(found.aux)
-        )
+        return found._replace(of_params=devices.reduce(found.of_params), aux=pmean(found.aux, axis))
 
     return gradients
 
