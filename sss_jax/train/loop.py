@@ -53,7 +53,7 @@ def train(
     split = run.read_split(options, source)
     workdir.mkdir(parents=True, exist_ok=True)
     with contextlib.ExitStack() as held, StopSignal() as stop:
-        hosts.refuse_differing([__version__, run.identity(options, split), options])
+        hosts.refuse_differing([__version__, options, split.digest])
 
         def open_folder() -> None:
             held.enter_context(WorkdirLock(workdir))
