@@ -37,6 +37,8 @@ _DIMS = re.compile(r"dim_labels=(\w+)_(\w+)->(\w+)")
 _CONTRACTED = re.compile(r"lhs_contracting_dims=\{([\d,]*)\}")
 # Results that are names for memory, not traffic.
 _FREE = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "conditional"}
+# Runs computations whose instructions are kernels by themselves.
+_SEQUENCES = {"while", "conditional", "call"}
 _SOURCE = re.compile(r'op_name="([^"]*)"')
 _TARGET = re.compile(r'custom_call_target="([^"]*)"')
 
@@ -83,12 +85,21 @@ class Instruction:
         return int(found.group(1)) if found else None
 
 
-class Visit(NamedTuple):
-    """An instruction and how often it runs; `exact` is False inside a loop of unknown length."""
+class _Part(NamedTuple):
+    """A computation where the program runs it.
 
-    instruction: Instruction
+    Attributes:
+        instructions: its lines.
+        times: how often it runs.
+        exact: as for `Collective`.
+        kernels: whether its instructions are kernels, as in the entry, loops and branches; what
+            runs inside a kernel, such as a fusion, is not.
+    """
+
+    instructions: list[Instruction]
     times: int
     exact: bool
+    kernels: bool
 
 
 class Collective(NamedTuple):
@@ -149,32 +160,31 @@ class Program:
         for computation in self._computations.values():
             yield from computation
 
-    def visits(self) -> Iterator[Visit]:
-        """Yield every instruction that runs, with how often it does, callers before callees."""
-        yield from self._walk(self._entry, 1, True)
-
     def collectives(self) -> list[Collective]:
         """Return every exchange between devices."""
         found = []
-        for instruction, times, exact in self.visits():
-            kind = instruction.opcode.removesuffix("-start")
-            if kind in KINDS:
-                nbytes = _moved(instruction)
-                found.append(Collective(kind, nbytes, times, exact, instruction.source))
+        for part in self._parts(self._entry):
+            for instruction in part.instructions:
+                kind = instruction.opcode.removesuffix("-start")
+                if kind in KINDS:
+                    facts = _moved(instruction), part.times, part.exact
+                    found.append(Collective(kind, *facts, instruction.source))
         return found
 
     def costs(self) -> list[Cost]:
         """Return what every kernel takes; what runs inside a fusion is part of it."""
         found = []
-        for name, times, exact in self._sequences(self._entry, 1, True):
-            shapes = {i.name: i.shape for i in self._computations[name]}
-            for instruction in self._computations[name]:
+        for part in self._parts(self._entry):
+            if not part.kernels:
+                continue
+            shapes = {i.name: i.shape for i in part.instructions}
+            for instruction in part.instructions:
                 if instruction.opcode not in _FREE:
                     moved = main_memory(instruction.shape) + sum(
                         main_memory(shapes.get(operand, "")) for operand in instruction.operands
                     )
                     flops = self._flops(instruction, shapes)
-                    found.append(Cost(instruction.source, flops, moved, times, exact))
+                    found.append(Cost(instruction.source, flops, moved, part.times, part.exact))
         return found
 
     def host_calls(self) -> list[str]:
@@ -192,15 +202,17 @@ class Program:
         """Return the element types of all results."""
         return {kind for i in self.instructions() for kind, _ in _ARRAY.findall(i.shape)}
 
-    def _sequences(self, name: str, times: int, exact: bool) -> Iterator[tuple[str, int, bool]]:
-        """Yield the computations whose instructions are kernels: the entry, loops, branches."""
-        yield name, times, exact
-        for instruction in self._computations.get(name, []):
-            if instruction.opcode in ("while", "conditional", "call"):
-                turns = instruction.turns
-                for callee in instruction.called:
-                    known = exact and turns is not None
-                    yield from self._sequences(callee, times * (turns or 1), known)
+    def _parts(
+        self, name: str, times: int = 1, exact: bool = True, kernels: bool = True
+    ) -> Iterator[_Part]:
+        """Yield a computation and all that it runs, callers before callees."""
+        instructions = self._computations.get(name, [])
+        yield _Part(instructions, times, exact, kernels)
+        for instruction in instructions:
+            turns, sequence = instruction.turns, instruction.opcode in _SEQUENCES
+            for callee in instruction.called:
+                known = exact and turns is not None
+                yield from self._parts(callee, times * (turns or 1), known, kernels and sequence)
 
     def _flops(self, instruction: Instruction, shapes: dict[str, str]) -> int:
         if instruction.opcode == "convolution":
@@ -215,13 +227,6 @@ class Program:
             inside = {i.name: i.shape for i in inner}
             total += sum(self._flops(i, inside) for i in inner)
         return total
-
-    def _walk(self, name: str, times: int, exact: bool) -> Iterator[Visit]:
-        for instruction in self._computations.get(name, []):
-            yield Visit(instruction, times, exact)
-            turns = instruction.turns
-            for callee in instruction.called:
-                yield from self._walk(callee, times * (turns or 1), exact and turns is not None)
 
 
 def nbytes(shape: str) -> int:

@@ -61,6 +61,14 @@ def test_loops_and_asynchronous_exchanges():
     assert {c.source for c in found if c.kind == "all-reduce"} == {"jit(step)/psum"}
 
 
+def test_loops_run_kernels_and_what_a_kernel_applies_is_none():
+    costs = Program(ASYNCHRONOUS).costs()
+    exchange = [(c.nbytes, c.times, c.exact) for c in costs if c.source == "jit(step)/psum"]
+    assert exchange == [(64, 7, True), (64, 1, False)]
+    addition = 3 * 4
+    assert addition not in {c.nbytes for c in costs}
+
+
 def test_text_without_a_program_is_refused():
     with pytest.raises(ValueError, match="no ENTRY"):
         Program("module @jit_step {}")
