@@ -79,8 +79,8 @@ class _Run:
         self.options, self.source, self.split, self.stop = options, source, split, stop
         self.checkpointer = checkpointer
         self.setup = set_up(options)
-        model, optimizer, _, target = self.setup
-        self.driver = make_driver(model, options, optimizer, target)
+        model, optimizer, _, shapes = self.setup
+        self.driver = make_driver(model, options, optimizer, shapes)
         index, count = self.driver.part
         self.loader = Loader(
             split,
@@ -126,13 +126,13 @@ class _Run:
     def _start(self, key: jax.Array) -> tuple[PyTree, int]:
         """Return the state to go on from: the newest good one, or step 0."""
         options, driver = self.options, self.driver
-        model, optimizer, memory, target = self.setup
+        model, optimizer, memory, _ = self.setup
 
         def begin() -> PyTree:
             params = with_converted(init_all_params(model, options, key), options)
             return state_of(params, optimizer, memory)
 
-        restored = self.checkpointer.restore(target)
+        restored = self.checkpointer.restore(driver.target)
         self.log.truncate(restored.step if restored else 0)
         if restored:
             return driver.place_state(restored.state), restored.step

@@ -34,7 +34,10 @@ class Driver(NamedTuple):
     Attributes:
         step: `step(state, batch, key)`; donates the state.
         create: calls a function without arguments that makes a state, where the step wants it.
-        place_state: puts a host or single-device state there; every process has all of it.
+        target: shapes of a state and, over a mesh, where the step wants it: what a checkpoint is
+            restored to.
+        place_state: puts a host or single-device state there; every process has all of it. What
+            was restored to `target` is there already and is not copied.
         place_batch: puts this process's part of a host batch where the step wants it.
         place_key: the same for the key.
         fetch: a state with the shapes of one copy, still spread over devices where it is cut.
@@ -44,6 +47,7 @@ class Driver(NamedTuple):
 
     step: TrainStep
     create: Callable[[Callable[[], PyTree]], PyTree]
+    target: PyTree
     place_state: Callable[[PyTree], PyTree]
     place_batch: Callable[[PyTree], PyTree]
     place_key: Callable[[PyTree], PyTree]
@@ -73,7 +77,7 @@ def make_driver(
     """
     devices = devices or jax.devices()
     if options.train.parallel == "pmap":
-        return _pmap_driver(model, options, optimizer, devices)
+        return _pmap_driver(model, options, optimizer, state, devices)
     return _mesh_driver(model, options, optimizer, state, devices)
 
 
@@ -149,7 +153,7 @@ def _mesh_driver(
         return jax.tree.map(jax.make_array_from_process_local_data, rows, batch)
 
     def place_key(key: jax.Array) -> jax.Array:
-        return jax.random.wrap_key_data(_spread(jax.random.key_data(key), replicated))
+        return jax.random.wrap_key_data(sharding.spread(jax.random.key_data(key), replicated))
 
     def local(tree: PyTree) -> PyTree:
         return jax.tree.map(lambda x: x.addressable_shards[0].data, gather(tree))
@@ -157,7 +161,8 @@ def _mesh_driver(
     return Driver(
         step,
         lambda make: jax.jit(make, out_shardings=placed)(),
-        lambda state: jax.tree.map(_spread, state, placed),
+        jax.tree.map(_shape, state, placed),
+        lambda state: jax.tree.map(sharding.spread, state, placed),
         place_batch,
         place_key,
         lambda state: state,
@@ -166,16 +171,15 @@ def _mesh_driver(
     )
 
 
-def _spread(x: Any, sharding: NamedSharding) -> jax.Array:
-    """Cut an array that every process has whole."""
-    host = jax.device_get(x)
-    return jax.make_array_from_callback(host.shape, sharding, lambda index: host[index])
+def _shape(x: Any, sharding: NamedSharding | None = None) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
 
 
 def _pmap_driver(
     model: SSSModel,
     options: Options,
     optimizer: optax.GradientTransformation,
+    state: PyTree,
     devices: list[jax.Device],
 ) -> Driver:
     count = len(devices)
@@ -213,4 +217,5 @@ def _pmap_driver(
     def create(make: Callable[[], PyTree]) -> PyTree:
         return copies(jax.jit(make)())
 
-    return Driver(step, create, copies, place_batch, copies, fetch, lambda tree: tree)
+    target = jax.tree.map(_shape, state)
+    return Driver(step, create, target, copies, place_batch, copies, fetch, lambda tree: tree)

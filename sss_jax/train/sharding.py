@@ -9,7 +9,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import AxisType, Mesh, NamedSharding, Sharding
 from jax.sharding import PartitionSpec as P
 
 from sss_jax.axes import PyTree
@@ -116,6 +116,14 @@ def _cut(path: str, shape: tuple[int, ...], ways: int) -> int | None:
 def place(tree: PyTree, mesh: Mesh) -> PyTree:
     """Turn specs into shardings on a mesh."""
     return jax.tree.map(lambda spec: NamedSharding(mesh, spec), tree, is_leaf=_is_spec)
+
+
+def spread(array: Any, where: Sharding) -> jax.Array:
+    """Cut an array that every process has whole; one that lies there already is returned."""
+    if isinstance(array, jax.Array) and array.sharding == where:
+        return array
+    host = jax.device_get(array)
+    return jax.make_array_from_callback(host.shape, where, lambda index: host[index])
 
 
 def batch_specs(batch: PyTree, *, rows: bool = True) -> PyTree:

@@ -17,6 +17,7 @@ from sss_jax.errors import CheckpointError
 from sss_jax.train import array_files as af
 from sss_jax.train import manifest as mf
 from sss_jax.train.manifest import Damage, Manifest
+from sss_jax.train.sharding import spread
 
 _LOG = logging.getLogger(__name__)
 _DOOMED = ".deleted"
@@ -155,7 +156,7 @@ def place(array: np.ndarray, like: Any) -> Any:
     sharding = getattr(like, "sharding", None)
     if sharding is None or not getattr(like, "committed", True):
         return jax.device_put(array)
-    return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
+    return spread(array, sharding)
 
 
 def first_line(error: BaseException) -> str:

@@ -10,6 +10,7 @@ import pytest
 
 from sss_jax.errors import ConfigError
 from sss_jax.options import MeshOptions
+from sss_jax.train.checkpoint import Checkpointer
 from sss_jax.train.mesh import make_driver
 from sss_jax.train.state import count_params, init_all_params, state_of
 from sss_jax.train.step import Gradients, _accumulate, make_train_step, root_key
@@ -176,6 +177,37 @@ def test_a_batch_that_devices_cannot_share_is_refused(start):
     model, options, _, optimizer, state = start
     with pytest.raises(ConfigError, match=r"train\.labelled_batch=6"):
         make_driver(model, with_train(options, labelled_batch=6), optimizer, state)
+
+
+@pytest.mark.parametrize(
+    ("before", "after"), [("one", "fsdp"), ("fsdp", "data"), ("data", "pmap"), ("pmap", "one")]
+)
+def test_a_state_is_restored_to_where_another_driver_wants_it(micro, tmp_path, before, after):
+    model, options, _ = micro
+    optimizer = optax.sgd(1e-2, momentum=0.0)
+    rng = np.random.default_rng(0)
+    block = {"kernel": rng.random((64, 192), np.float32), "bias": rng.random(192, np.float32)}
+    state = jax.device_get(state_of({"net": {"block": block}}, optimizer))
+
+    def driver(name):
+        wanted = dataclasses.replace(options, mesh=MeshOptions(fsdp=4 if name == "fsdp" else 1))
+        wanted = with_train(wanted, parallel="pmap" if name == "pmap" else "mesh")
+        devices = jax.devices()[: 1 if name == "one" else 8]
+        return make_driver(model, wanted, optimizer, state, devices)
+
+    one, other = driver(before), driver(after)
+    with Checkpointer(tmp_path) as checkpointer:
+        checkpointer.save(1, one.fetch(one.place_state(state)), meta={})
+        restored = checkpointer.restore(other.target).state
+    placed, expected = other.place_state(restored), other.place_state(state)
+    assert jax.tree.map(lambda x: x.sharding, placed) == jax.tree.map(
+        lambda x: x.sharding, expected
+    )
+    same = jax.tree.map(np.array_equal, jax.device_get(other.fetch(placed)), state)
+    assert all(jax.tree.leaves(same))
+    if after != "pmap":
+        stays = jax.tree.map(lambda a, b: a is b, restored, placed)
+        assert all(jax.tree.leaves(stays)), "nothing is moved twice"
 
 
 @pytest.fixture(scope="module")
