@@ -10,7 +10,7 @@ from nibabel.orientations import aff2axcodes
 
 from sss_jax.data.cases import Case, Split, load_split
 from sss_jax.data.check_report import CaseFacts, CheckReport, Problem
-from sss_jax.data.examples import normalise
+from sss_jax.data.examples import range_of
 from sss_jax.data.faults import FileFault
 from sss_jax.data.folders import find_cases
 from sss_jax.data.geometry import make_frame
@@ -103,16 +103,8 @@ def _check_case(
     if volume is None:
         return None, faults
     with _collected(faults):
-        _check_scaling(volume, options)
+        range_of(volume, options)
     return _facts(case, volume, counts), faults
-
-
-def _check_scaling(volume: Volume, options: DataOptions) -> None:
-    try:
-        normalise(volume.array, options)
-    except ValueError as error:
-        fix = "set data.normalise, or data.window_low and data.window_high"
-        raise FileFault(volume.path, str(error), fix) from error
 
 
 def _facts(case: Case, volume: Volume, counts: np.ndarray | None) -> CaseFacts:

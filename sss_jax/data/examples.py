@@ -90,19 +90,6 @@ class Example:
     placement: Placement
 
 
-def normalise(array: Image, options: DataOptions) -> Image:
-    """Scale the intensities of a volume to [0, 1].
-
-    Args:
-        array: the whole volume, so that all its slices share one scale.
-        options: as for `intensity_range`.
-
-    Raises:
-        ValueError: all intensities are equal after the scaling.
-    """
-    return rescale(array, *intensity_range(array, options))
-
-
 def rescale(array: Image, low: float, high: float) -> Image:
     """Map low..high to 0..1 and clip; every voxel by itself, so that any part may be scaled."""
     scaled = np.clip((array - np.float32(low)) / np.float32(high - low), 0.0, 1.0)
@@ -113,7 +100,7 @@ def intensity_range(array: Image, options: DataOptions) -> tuple[float, float]:
     """Return the intensities of a volume that become 0 and 1.
 
     Args:
-        array: the whole volume.
+        array: the whole volume, so that all its slices share one scale.
         options: `percentile` clips to two percentiles, `min_max` keeps the extremes, `window`
             clips to a fixed range (CT, HU). Where the two percentiles are equal, as in a volume
             that is almost all background, the extremes serve instead.
@@ -129,6 +116,19 @@ def intensity_range(array: Image, options: DataOptions) -> tuple[float, float]:
             f"intensities {extremes[0]:g}..{extremes[1]:g} leave nothing of {low:g}..{high:g}"
         )
     return low, high
+
+
+def range_of(volume: Volume, options: DataOptions) -> tuple[float, float]:
+    """Return the `intensity_range` of a volume from a file.
+
+    Raises:
+        FileFault: nothing is left after the scaling.
+    """
+    try:
+        return intensity_range(volume.array, options)
+    except ValueError as error:
+        fix = "set data.normalise, or data.window_low and data.window_high"
+        raise FileFault(volume.path, str(error), fix) from error
 
 
 def _range(
@@ -190,12 +190,7 @@ def scan(volume: Volume, labels: Volume | None, options: DataOptions) -> Scan:
     Raises:
         FileFault: labels on another grid, or nothing left after the intensity scaling.
     """
-    try:
-        image = normalise(volume.array, options)
-    except ValueError as error:
-        raise FileFault(
-            volume.path, str(error), "set data.normalise, or data.window_low and window_high"
-        ) from error
+    image = rescale(volume.array, *range_of(volume, options))
     if labels is not None:
         refuse_other_grid(labels, labels.path, volume)
     frame = make_frame(volume, options.slice_axis)

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from sss_jax.data.cases import Case
-from sss_jax.data.examples import intensity_range
+from sss_jax.data.examples import range_of
 from sss_jax.data.faults import FileFault
 from sss_jax.data.geometry import make_frame, turn
 from sss_jax.data.nifti import Volume, read_labels, read_volume
@@ -92,11 +92,7 @@ def _write_case(
 ) -> CaseFacts:
     source = origin(case.image, folder)
     volume = read_volume(case.image, options.max_voxels)
-    try:
-        low, high = intensity_range(volume.array, options)
-    except ValueError as error:
-        fix = "set data.normalise, or data.window_low and window_high"
-        raise FileFault(case.image, str(error), fix) from error
+    low, high = range_of(volume, options)
     label = None
     if case.label is not None:
         assert labels is not None

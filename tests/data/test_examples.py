@@ -7,10 +7,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sss_jax.data.examples import (
-    normalise,
+    intensity_range,
     place,
     place_plane,
     prepare,
+    rescale,
     resize_plane,
     restore_labels,
     restore_probabilities,
@@ -24,6 +25,10 @@ from sss_jax.options import DataOptions
 
 OPTIONS = DataOptions()
 LIMIT = 10**6
+
+
+def normalise(array, options):
+    return rescale(array, *intensity_range(array, options))
 
 
 def frame(slices=1, spacing=(1.0, 1.0, 1.0), plane=(6, 4)):
