@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from sss_jax.atomic import TEMPORARY_PREFIX, write_bytes
-from sss_jax.data.cases import Case, load_split
+from sss_jax.data.cases import Case
 from sss_jax.data.check import check_folder
 from sss_jax.data.check_report import Problem
 from sss_jax.data.faults import FileFault, shown
@@ -35,6 +35,7 @@ from sss_jax.data.prepared import (
     read_manifest,
     write_manifest,
 )
+from sss_jax.data.sources import FolderSource
 from sss_jax.errors import ConfigError, DataError
 from sss_jax.options import DataOptions, Options
 
@@ -127,13 +128,7 @@ def _cases(folder: Path, options: Options | None, faults: list[FileFault]) -> li
     found = find_cases(folder, faults.append)
     if faults or options is None:
         return list(found.values())
-    train = options.train
-    split = load_split(
-        folder,
-        options.data.split,
-        all_labels=train.all_labels,
-        labelled_subjects=train.labelled_subjects,
-    )
+    split = FolderSource(folder).split(options.data, options.train)
     return sorted(split.cases, key=lambda case: case.name)
 
 
