@@ -58,9 +58,8 @@ class GeneratedStack:
 
     @property
     def with_label(self) -> NDArray[np.int64] | None:
-        """Slices that show a label: all but an eighth at either end."""
-        edge = self.depth // 8
-        return np.arange(edge, self.depth - edge) if self.labelled else None
+        """Slices that show a label, ascending; None where labels are not known."""
+        return np.array(self._shown) if self.labelled else None
 
     @property
     def nbytes(self) -> int:
@@ -74,9 +73,11 @@ class GeneratedStack:
         label = np.stack([self._label(s) for s in positions]) if self.labelled else None
         return Scan(image, label, self.frame)
 
-    def _shown(self, position: int) -> bool:
+    @property
+    def _shown(self) -> range:
+        """Slices that show objects: all but an eighth at either end."""
         edge = self.depth // 8
-        return edge <= position < self.depth - edge
+        return range(edge, self.depth - edge)
 
     def _window(self, position: int) -> tuple[slice, slice]:
         columns, rows, _ = self.frame.shape
@@ -85,13 +86,13 @@ class GeneratedStack:
         return slice(top, top + rows), slice(left, left + columns)
 
     def _image(self, position: int) -> NDArray[np.float32]:
-        plane = self.canvas.objects if self._shown(position) else self.canvas.noise
+        plane = self.canvas.objects if position in self._shown else self.canvas.noise
         gain = np.float32(0.6 + 0.4 * (self.number * 5 % 8) / 7)
         return plane[self._window(position)] * gain
 
     def _label(self, position: int) -> NDArray[np.uint8]:
         window = self.canvas.label[self._window(position)]
-        return window if self._shown(position) else np.zeros_like(window)
+        return window if position in self._shown else np.zeros_like(window)
 
 
 class GeneratedSource:
