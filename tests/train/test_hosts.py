@@ -1,11 +1,9 @@
 """Several processes on this machine: the run of one, an orderly stop, and the loss of a partner."""
 
 import json
-import os
 import signal
 import socket
 import subprocess
-import sys
 import time
 
 import jax
@@ -18,6 +16,7 @@ from sss_jax.errors import CheckpointError, ConfigError, DataError, PeerLost
 from sss_jax.options import MeshOptions
 from sss_jax.train import hosts
 from sss_jax.train.sharding import CLIPS, make_mesh
+from tests.processes import environment, train_command
 
 CONFIG = """
 from sss_jax.configs import common
@@ -127,26 +126,15 @@ class Lab:
         return [self.process(name, i, processes, meeting, changes) for i in range(processes)]
 
     def process(self, name, number, processes, meeting, changes):
-        words = [sys.executable, "-m", "sss_jax.cli", "train", "--json"]
-        words += [
-            "--config",
-            f"{self.folder / 'config.py'}:supervised",
-            "--data",
-            "synthetic:24x20x6,6",
-        ]
-        words += ["--workdir", str(self.folder / name), *changes]
+        config = f"{self.folder / 'config.py'}:supervised"
+        words = train_command(config, "synthetic:24x20x6,6", self.folder / name, *changes)
         if processes > 1:
             words += ["--coordinator", meeting, "--processes", str(processes)]
             words += ["--process", str(number)]
-        settings = {
-            "JAX_COMPILATION_CACHE_DIR": str(self.folder / "cache"),
-            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-            "JAX_PLATFORMS": "cpu",
-            "XLA_FLAGS": "--xla_backend_optimization_level=0",
-        }
+        fast = "--xla_backend_optimization_level=0"
         return subprocess.Popen(
             words,
-            env=dict(os.environ) | settings,
+            env=environment(self.folder / "cache", XLA_FLAGS=fast),
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,

@@ -1,11 +1,9 @@
 """A run as a user sees it: it ends, resumes to the same numbers, and refuses what it must."""
 
 import json
-import os
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -16,6 +14,7 @@ from sss_jax.data.prepare import prepare_folder
 from sss_jax.data.synthetic import SplitSizes, write_phantoms
 from sss_jax.train.checkpoint import Checkpointer
 from tests.poison import garbage_labels, nan_image, truncated_labels
+from tests.processes import environment, train_command
 
 CONFIG = """
 from sss_jax.configs import common
@@ -47,25 +46,13 @@ def lab(tmp_path_factory):
 
 
 def command(lab, workdir, *words, method="supervised", data=None):
-    verb = [sys.executable, "-m", "sss_jax.cli", "train", "--json"]
-    config = ["--config", f"{lab / 'micro.py'}:{method}"]
-    folders = ["--data", str(data or lab / "data"), "--workdir", str(workdir)]
-    return [*verb, *config, *folders, *words]
-
-
-def environment(lab):
-    cache = {
-        "JAX_COMPILATION_CACHE_DIR": str(lab / "cache"),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-        "JAX_PLATFORMS": "cpu",
-    }
-    return {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"} | cache
+    return train_command(f"{lab / 'micro.py'}:{method}", data or lab / "data", workdir, *words)
 
 
 def run(lab, workdir, *words, **where):
     return subprocess.run(
         command(lab, workdir, *words, **where),
-        env=environment(lab),
+        env=environment(lab / "cache"),
         capture_output=True,
         text=True,
         timeout=900,
@@ -77,7 +64,7 @@ def start_and_wait(lab, workdir, step, method="supervised"):
     """Start a run and return it once its log has reached a step."""
     process = subprocess.Popen(
         command(lab, workdir, method=method),
-        env=environment(lab),
+        env=environment(lab / "cache"),
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         text=True,
