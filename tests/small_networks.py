@@ -38,6 +38,14 @@ TRACKING_CONFIG = dataclasses.replace(
 )
 
 
+def with_memory(micro, kind):
+    """The set-up with or without the parts for memory, which double what is to be compiled."""
+    model, options, batch = micro
+    config = dataclasses.replace(model.config, memory=kind != "none")
+    memory = dataclasses.replace(options.memory, kind=kind)
+    return model.clone(config=config), dataclasses.replace(options, memory=memory), batch
+
+
 def random_params(model, seed=0):
     side = model.config.size_multiple
     args = jnp.zeros((1, side, side, 3)), jnp.zeros((1, 1, 1, 2)), jnp.zeros((1, 1, 1), jnp.int32)

@@ -13,19 +13,17 @@ from sss_jax.roofline import part_of
 from sss_jax.train import sharding
 from sss_jax.train.mesh import make_mesh_step
 from sss_jax.train.state import init_all_params, state_of
+from tests.small_networks import with_memory
 
 
 @pytest.fixture(scope="module")
 def compile_for(micro):
     """The compiled step of a method over the first devices, one clip of each stream on each."""
-    model, options, batch = micro
-    memory = dataclasses.replace(options.memory, kind="none")
-    model = model.clone(config=dataclasses.replace(model.config, memory=False))
+    model, options, batch = with_memory(micro, "none")
 
     def compile_step(devices, *, semi=True, **mesh):
         chosen = dataclasses.replace(
             options,
-            memory=memory,
             mesh=MeshOptions(**mesh),
             semi=dataclasses.replace(options.semi, enabled=semi),
         )

@@ -14,18 +14,11 @@ from sss_jax.train.checkpoint import Checkpointer
 from sss_jax.train.mesh import make_driver
 from sss_jax.train.state import count_params, init_all_params, state_of
 from sss_jax.train.step import Gradients, _accumulate, make_train_step, root_key
+from tests.small_networks import with_memory
 
 
 def with_train(options, **changes):
     return dataclasses.replace(options, train=dataclasses.replace(options.train, **changes))
-
-
-def with_memory(micro, kind):
-    """The set-up with or without the parts for memory, which double what is to be compiled."""
-    model, options, batch = micro
-    config = dataclasses.replace(model.config, memory=kind != "none")
-    memory = dataclasses.replace(options.memory, kind=kind)
-    return model.clone(config=config), dataclasses.replace(options, memory=memory), batch
 
 
 @pytest.fixture(scope="module", params=["none", pytest.param("fifo", marks=pytest.mark.slow)])
