@@ -62,11 +62,19 @@ def environment() -> dict[str, Any]:
         "device": jax.devices()[0].device_kind,
         "processor": _processor(),
         "cores": os.cpu_count(),
+        "cores_allowed": cores_allowed(),
         "load_before": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
         "python": platform.python_version(),
         "versions": {name: _version(name) for name in PACKAGES},
         "commit": commit(),
     }
+
+
+def cores_allowed() -> int:
+    """Return the number of cores that this process may use; fewer than there are where pinned."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def write(path: Path, name: str, rows: list[dict[str, Any]], **more: Any) -> None:

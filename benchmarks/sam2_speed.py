@@ -10,8 +10,6 @@ sides, so that a change of load hits both. Needs torch and transformers.
 import argparse
 import functools
 import sys
-import tempfile
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -21,13 +19,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from sss_jax import compiling
-from sss_jax.benchmarks import result
+from sss_jax.benchmarks import race, result
 from sss_jax.models import memory_bank, tracking
 
 MEMORIES, POINTERS = 7, 16
-
-PAUSE = 0.5
-"""Seconds between calls: the threads of either side spin for a while after their work."""
 
 
 def main() -> int:
@@ -39,7 +34,7 @@ def main() -> int:
     parser.add_argument("--compile", action="store_true", help="also torch.compile")
     parser.add_argument("-o", "--output", type=Path, required=True)
     args = parser.parse_args()
-    _keep_compilations()
+    race.keep_compilations()
     rate = matmul_rate()
     print(f"matmul: {rate / 1e9:.0f} GFLOP/s", file=sys.stderr)
     rows = []
@@ -78,57 +73,14 @@ def measure(variant: str, size: int, repeats: int, compiled: bool) -> Iterator[d
         "one tracked slice, full bank": tracked(ours, params, model, image, pixels),
     }
     for name, pair in pairs.items():
-        yield {"variant": variant, "row": name, **_race(*pair, repeats)}
+        yield {"variant": variant, "row": name, **race.race(*pair, repeats)}
     if not compiled:
         return
     # In place, so that the same calls of the other side now run compiled parts.
     for part in ("vision_encoder", "mask_decoder", "memory_attention", "memory_encoder"):
         getattr(model, part).compile()
     for name, pair in pairs.items():
-        yield {"variant": variant, "row": f"{name}, torch.compile", **_race(*pair, repeats)}
-
-
-def _race(mine: Callable, theirs: Callable, repeats: int) -> dict[str, Any]:
-    """Alternate the two sides; the first calls compile and do not count."""
-    waits = functools.partial(_waiting, mine)
-    first, again = _first_calls(waits)
-    # The first call: later ones find the memory that this one leaves behind.
-    torch_peak = result.peak_bytes(theirs)
-    ours, other = [], []
-    for _ in range(repeats):
-        time.sleep(PAUSE)
-        ours += result.seconds(waits, 1, 0)
-        time.sleep(PAUSE)
-        other += result.seconds(theirs, 1, 0)
-    a, b = result.summary(ours), result.summary(other)
-    return {
-        "ours_s": a,
-        "torch_s": b,
-        "speedup": round(b["median"] / a["median"], 3),
-        "first_call_s": first,
-        "first_call_from_cache_s": again,
-        "ours_peak_bytes": result.peak_bytes(waits),
-        "torch_peak_bytes": torch_peak,
-    }
-
-
-def _waiting(run: Callable) -> None:
-    jax.block_until_ready(run())
-
-
-def _first_calls(run: Callable) -> tuple[float, float]:
-    """Seconds of a call that compiles, and of one that finds the program in the cache on disk."""
-
-    def fresh() -> float:
-        jax.clear_caches()
-        return round(result.seconds(run, 1, 0)[0], 2)
-
-    return fresh(), fresh()
-
-
-def _keep_compilations() -> None:
-    jax.config.update("jax_compilation_cache_dir", tempfile.mkdtemp(prefix="sss-jax-cache-"))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+        yield {"variant": variant, "row": f"{name}, torch.compile", **race.race(*pair, repeats)}
 
 
 def _jitted(ours: Any, params: Any, method: Any, **static: Any) -> Callable:

@@ -1,0 +1,84 @@
+"""Two implementations beside each other: calls alternate, so that a change of load hits both."""
+
+import functools
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+
+from sss_jax.benchmarks import result
+
+PAUSE = 0.5
+"""Seconds between calls: the threads of either side spin for a while after their work."""
+
+
+def race(mine: Callable, theirs: Callable, repeats: int) -> dict[str, Any]:
+    """Alternate two functions that compute the same; the first calls compile and do not count.
+
+    Args:
+        mine: returns arrays of JAX; it is compiled twice, the second time from the cache on disk.
+        theirs: waits for its own result.
+        repeats: timed calls of each side.
+    """
+    waits = functools.partial(_waiting, mine)
+    first, again = _first_calls(waits)
+    # The first call: later ones find the memory that this one leaves behind.
+    torch_peak = result.peak_bytes(theirs)
+    return {
+        **alternate(waits, theirs, repeats),
+        "first_call_s": first,
+        "first_call_from_cache_s": again,
+        "ours_peak_bytes": result.peak_bytes(waits),
+        "torch_peak_bytes": torch_peak,
+    }
+
+
+def alternate(mine: Callable, theirs: Callable, repeats: int) -> dict[str, Any]:
+    """Time two functions in turn; both wait for their result and have been called before.
+
+    Beside the times there is the processor time of all threads of the process: on a CPU that others
+    use too it says more, on a GPU it is what the host spends.
+    """
+    clocks: dict[str, list[tuple[float, float]]] = {"ours": [], "torch": []}
+    for _ in range(repeats):
+        for name, run in (("ours", mine), ("torch", theirs)):
+            time.sleep(PAUSE)
+            clocks[name].append(_clock(run))
+    times = {name: result.summary([wall for wall, _ in both]) for name, both in clocks.items()}
+    busy = {name: statistics.median(cpu for _, cpu in both) for name, both in clocks.items()}
+    return {
+        **{f"{name}_s": summary for name, summary in times.items()},
+        "speedup": round(times["torch"]["median"] / times["ours"]["median"], 3),
+        **{f"{name}_cpu_s": round(seconds, 4) for name, seconds in busy.items()},
+        "speedup_cpu": round(busy["torch"] / max(busy["ours"], 1e-9), 3),
+    }
+
+
+def _clock(run: Callable) -> tuple[float, float]:
+    """Seconds on the wall and seconds of processor time of one call."""
+    wall, cpu = time.perf_counter(), time.process_time()
+    run()
+    return time.perf_counter() - wall, time.process_time() - cpu
+
+
+def keep_compilations() -> None:
+    """Cache every compiled program on disk, in a folder of this process."""
+    jax.config.update("jax_compilation_cache_dir", tempfile.mkdtemp(prefix="sss-jax-cache-"))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+
+
+def _waiting(run: Callable) -> None:
+    jax.block_until_ready(run())
+
+
+def _first_calls(run: Callable) -> tuple[float, float]:
+    """Seconds of a call that compiles, and of one that finds the program in the cache on disk."""
+
+    def fresh() -> float:
+        jax.clear_caches()
+        return round(result.seconds(run, 1, 0)[0], 2)
+
+    return fresh(), fresh()
