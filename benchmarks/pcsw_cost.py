@@ -24,6 +24,7 @@ from sss_jax.ssl.pcsw import SlicePrompts, search_prompts
 
 KINDS = ("object", "object and specks", "many blobs", "noise", "empty")
 Found = tuple[int, bool, tuple[int, ...]]
+"""Prompt slice, whether a window was accepted, inclusive box (x0, y0, x1, y1)."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -85,9 +86,9 @@ def make_mask(kind: str, seed: int, shape: tuple[int, int, int]) -> NDArray[np.b
 
 
 def with_scipy(mask_SHW: NDArray[np.bool_]) -> Found:
-    """Prompt slice, acceptance and box, window by window on the host."""
+    """Prompt slice, acceptance and box, window by window on the host; one slice is a window."""
     slices, tau = len(mask_SHW), PCSWOptions().tau
-    shortest, longest = max(2, slices // 3), max(3, slices // 2)
+    shortest, longest = (max(2, slices // 3), max(3, slices // 2)) if slices > 1 else (1, 1)
     for length in range((shortest + longest) // 2, longest + 1):
         for start in range(slices - length + 1):
             window = mask_SHW[start : start + length]
