@@ -59,13 +59,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Measure and write."""
     args = _parser().parse_args(argv)
     _choose_device(args.device)
+    settings = {key: value for key, value in vars(args).items() if key != "output"}
+    settings["float32_products"] = "TF32 where the GPU has it" if args.device == "cuda" else "full"
     rows = []
     for name in args.steps:
         for row in measure(name, args):
             print(row, file=sys.stderr, flush=True)
             rows.append(row)
-    settings = {key: value for key, value in vars(args).items() if key != "output"}
-    result.write(args.output, "peer_step", rows, settings=settings, float32=_products(args.device))
+            result.write(args.output, "peer_step", rows, settings=settings)
     return 0
 
 
@@ -169,7 +170,6 @@ def _row(ours: Ours, build: Callable, variant: str, args: argparse.Namespace) ->
         first = result.seconds(theirs, 1, 0)[0]
     except Exception as error:
         return {"failure": f"{type(error).__name__}: {error}"[:500]}
-    theirs()
     peaks = _peaks(ours, theirs, args.device)
     times = race.alternate(ours, theirs, args.repeats)
     return {**times, "torch_first_call_s": round(first, 1), **peaks}
@@ -259,10 +259,6 @@ def _choose_device(device: str) -> None:
     # What XLA does by default on GPUs that can.
     torch.backends.cuda.matmul.allow_tf32 = True
     torch.backends.cudnn.allow_tf32 = True
-
-
-def _products(device: str) -> str:
-    return "TF32 where the GPU has it" if device == "cuda" else "full"
 
 
 if __name__ == "__main__":
