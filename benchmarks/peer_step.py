@@ -150,11 +150,11 @@ def measure(name: str, args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     build = functools.partial(
         their_step, setup.model.config, options, ours.params, ours.batch, args.device
     )
-    work = count_theirs(*build("eager")[:2])
+    work = count_theirs(*build("eager"))
     facts = {"step": name, "ours_gflop": ours.gflop, **work, "compile_s": ours.compile_s}
     variants = ["eager", "sdpa", *(["sdpa, torch.compile"] if args.compile else [])]
     for variant in variants:
-        gc.collect()
+        _free(args.device)
         yield {**facts, "torch": variant, **_row(ours, build, variant, args)}
     slices = sum(part["slice_mask"].size for part in ours.batch.values())
     print(f"{name}: {slices} slices a step, {ours.metrics}", file=sys.stderr)
@@ -170,9 +170,9 @@ def _row(ours: Ours, build: Callable, variant: str, args: argparse.Namespace) ->
         first = result.seconds(theirs, 1, 0)[0]
     except Exception as error:
         return {"failure": f"{type(error).__name__}: {error}"[:500]}
-    peaks = _peaks(ours, theirs, args.device)
+    memory = _memory(ours, theirs, args.device)
     times = race.alternate(ours, theirs, args.repeats)
-    return {**times, "torch_first_call_s": round(first, 1), **peaks}
+    return {**times, "torch_first_call_s": round(first, 1), **memory}
 
 
 def their_step(
@@ -228,20 +228,30 @@ def _waiting(trainer: Any, batch: Any, device: str) -> Callable[[], None]:
     return run
 
 
-def _peaks(ours: Ours, theirs: Callable, device: str) -> dict[str, int | None]:
-    """Bytes beyond what lies there between calls; on a GPU what its allocators say."""
+def _memory(ours: Ours, theirs: Callable, device: str) -> dict[str, int]:
+    """Bytes that a step takes for itself: ours by XLA's plan, theirs by the GPU's allocator.
+
+    On a CPU theirs is not known: what it frees stays with the process, more or less.
+    """
+    found = {"ours_temporary_bytes": ours.temporary_bytes}
+    theirs()
     if device == "cpu":
-        return {
-            "ours_peak_bytes": result.peak_bytes(ours),
-            "torch_peak_bytes": result.peak_bytes(theirs),
-        }
+        return found
     import torch
 
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
     theirs()
-    peak = torch.cuda.max_memory_allocated() - before
-    return {"ours_peak_bytes": ours.temporary_bytes, "torch_peak_bytes": peak}
+    return {**found, "torch_temporary_bytes": torch.cuda.max_memory_allocated() - before}
+
+
+def _free(device: str) -> None:
+    """Give back what the last variant took, so that the other side can have it."""
+    gc.collect()
+    if device == "cuda":
+        import torch
+
+        torch.cuda.empty_cache()
 
 
 def _choose_device(device: str) -> None:

@@ -201,3 +201,39 @@ def test_views_stay_in_range_and_pasting_swaps_the_box():
     pasted = torch_views.paste(image, half)
     assert torch.equal(pasted[..., :16], image.flip(0)[..., :16])
     assert torch.equal(pasted[..., 16:], image[..., 16:])
+
+
+def row_of(monkeypatch, options, change):
+    """A row of `change`d torch steps against a step of ours that does nothing."""
+    monkeypatch.setattr(peer_step.race, "PAUSE", 0)
+    _, params = network(options)
+
+    def build(attention):
+        made = peer_step.their_step(
+            CONFIG, options, params, synthetic_batch(options), "cpu", attention
+        )
+        change(made[0])
+        return made
+
+    class Ours:
+        temporary_bytes = 1
+
+        def __call__(self):
+            pass
+
+    arguments = ["--repeats", "1", "-o", "unused"]
+    return peer_step._row(Ours(), build, "sdpa", peer_step._parser().parse_args(arguments))
+
+
+def test_a_row_holds_both_times(monkeypatch):
+    row = row_of(monkeypatch, options_of(False), lambda trainer: None)
+    assert row["torch_s"]["median"] > 0
+    assert {"ours_s", "speedup", "speedup_cpu", "torch_first_call_s"} <= row.keys()
+
+
+def test_a_variant_that_fails_leaves_its_error(monkeypatch):
+    def breaks(trainer):
+        trainer.step = lambda batch: 1 / 0
+
+    row = row_of(monkeypatch, options_of(False), breaks)
+    assert row == {"failure": "ZeroDivisionError: division by zero"}
