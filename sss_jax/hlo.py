@@ -31,6 +31,8 @@ _CALLED = re.compile(
     r"|true_computation|false_computation)=(\{[^}]*\}|%?[\w.\-]+)"
 )
 _TURNS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
+_CONDITION = re.compile(r"condition=%?([\w.\-]+)")
+_NUMBER = re.compile(r"(\d+)\)")
 _OPERAND = re.compile(r"%([\w.\-]+)")
 _WINDOW = re.compile(r"window=\{([^}]*)\}")
 _DIMS = re.compile(r"dim_labels=(\w+)_(\w+)->(\w+)")
@@ -209,10 +211,26 @@ class Program:
         instructions = self._computations.get(name, [])
         yield _Part(instructions, times, exact, kernels)
         for instruction in instructions:
-            turns, sequence = instruction.turns, instruction.opcode in _SEQUENCES
+            turns, sequence = self._turns(instruction), instruction.opcode in _SEQUENCES
             for callee in instruction.called:
                 known = exact and turns is not None
                 yield from self._parts(callee, times * (turns or 1), known, kernels and sequence)
+
+    def _turns(self, instruction: Instruction) -> int | None:
+        """How often an instruction's computations run; None where the data decide.
+
+        Where XLA does not say it, the condition does: a loop that counts compares with its end.
+        """
+        condition = _CONDITION.search(instruction.rest)
+        if instruction.turns is not None or condition is None:
+            return instruction.turns
+        lines = {i.name: i for i in self._computations.get(condition.group(1), [])}
+        last = list(lines.values())[-1] if lines else None
+        if last is None or last.opcode != "compare" or "direction=LT" not in last.rest:
+            return None
+        ends = [lines[name] for name in last.operands if name in lines]
+        numbers = [_NUMBER.match(end.rest) for end in ends if end.opcode == "constant"]
+        return int(numbers[0].group(1)) if len(numbers) == 1 and numbers[0] else None
 
     def _flops(self, instruction: Instruction, shapes: dict[str, str]) -> int:
         if instruction.opcode == "convolution":
@@ -255,14 +273,44 @@ def _of_convolution(instruction: Instruction, shapes: dict[str, str]) -> int:
     kernel = _dims(shapes.get(instruction.operands[1], ""))
     channels = kernel[labels.group(2).index("i")] if kernel else 0
     sizes = dict(pair.split("=") for pair in window.group(1).split()) if window else {}
-    size = _times(sizes.get("size", "1"))
-    return (
-        2
-        * math.prod(_dims(instruction.shape))
-        * size
-        * channels
-        // _times(sizes.get("lhs_dilate", "1"))
+    taps = math.prod(_taps(sizes, _places(instruction, shapes, labels)))
+    features = math.prod(_dims(instruction.shape)) // math.prod(
+        out for _, out in _places(instruction, shapes, labels)
     )
+    return 2 * features * taps * channels
+
+
+def _places(
+    instruction: Instruction, shapes: dict[str, str], labels: re.Match[str]
+) -> list[tuple[int, int]]:
+    """Input and output size along every spatial axis, in the order of the window."""
+    given, made = _dims(shapes.get(instruction.operands[0], "")), _dims(instruction.shape)
+    axes = sorted(letter for letter in labels.group(3) if letter.isdigit())
+    return [(given[labels.group(1).index(a)], made[labels.group(3).index(a)]) for a in axes]
+
+
+def _taps(sizes: dict[str, str], places: list[tuple[int, int]]) -> Iterator[int]:
+    """Along every axis, how often an element of the window meets one of the input.
+
+    What the window meets outside the input, or in the holes of a dilated one, is no operation:
+    products in batches, and those of vectors, are written as convolutions that are mostly that.
+    """
+    count = len(places)
+
+    def each(name: str, default: str) -> list[str]:
+        return sizes[name].split("x") if name in sizes else [default] * count
+
+    for i, (given, made) in enumerate(places):
+        size, stride = int(each("size", "1")[i]), int(each("stride", "1")[i])
+        hole, step = int(each("lhs_dilate", "1")[i]), int(each("rhs_dilate", "1")[i])
+        before = int(each("pad", "0_0")[i].split("_")[0])
+        reached = (given - 1) * hole
+        total = 0
+        for tap in range(size):
+            first = max(0, -((tap * step - before) // stride))
+            last = min(made - 1, (reached + before - tap * step) // stride)
+            total += max(0, last - first + 1)
+        yield total // hole
 
 
 def _of_dot(instruction: Instruction, shapes: dict[str, str]) -> int:

@@ -69,6 +69,74 @@ def test_loops_run_kernels_and_what_a_kernel_applies_is_none():
     assert addition not in {c.nbytes for c in costs}
 
 
+COUNTED = """HloModule jit_step
+
+%turn (a: (s32[], f32[8,8])) -> (s32[], f32[8,8]) {
+  %a = (s32[], f32[8,8]{1,0}) parameter(0)
+  %x = f32[8,8]{1,0} get-tuple-element(%a), index=1
+  %y = f32[8,8]{1,0} dot(%x, %x), lhs_contracting_dims={1}, rhs_contracting_dims={0}
+  ROOT %t = (s32[], f32[8,8]{1,0}) tuple(%x, %y)
+}
+
+%counts (b: (s32[], f32[8,8])) -> pred[] {
+  %end = s32[]{:T(128)} constant(5), metadata={op_name="jit(step)"}
+  %b = (s32[], f32[8,8]{1,0}) parameter(0)
+  %at = s32[]{:T(128)} get-tuple-element(%b), index=0
+  ROOT %lt = pred[] compare(%at, %end), direction=LT
+}
+
+%waits (c: (s32[], f32[8,8])) -> pred[] {
+  %c = (s32[], f32[8,8]{1,0}) parameter(0)
+  %one = s32[] get-tuple-element(%c), index=0
+  %other = s32[] get-tuple-element(%c), index=0
+  ROOT %lt2 = pred[] compare(%one, %other), direction=LT
+}
+
+ENTRY %main (p0: (s32[], f32[8,8])) -> (s32[], f32[8,8]) {
+  %p0 = (s32[], f32[8,8]{1,0}) parameter(0)
+  %known = (s32[], f32[8,8]{1,0}) while(%p0), condition=%counts, body=%turn
+  ROOT %open = (s32[], f32[8,8]{1,0}) while(%known), condition=%waits, body=%turn
+}
+"""
+
+
+def test_a_loop_that_counts_says_how_often_it_runs():
+    products = [(c.flops, c.times, c.exact) for c in Program(COUNTED).costs() if c.flops]
+    assert products == [(2 * 8**3, 5, True), (2 * 8**3, 1, False)]
+
+
+@pytest.mark.parametrize(
+    ("window", "given", "made"),
+    [
+        ("size=3 pad=1_1", 8, 8),
+        ("size=3 stride=2 pad=1_1", 8, 4),
+        ("size=8 pad=7_7 rhs_reversal=1", 1, 8),
+        ("size=3 pad=2_2 rhs_dilate=2", 8, 8),
+        ("size=6 stride=5 lhs_dilate=6", 6, 6),
+        ("size=4 pad=3_0", 5, 5),
+    ],
+)
+def test_a_convolution_counts_what_meets_the_input(window, given, made):
+    kernel = int(window.split()[0].removeprefix("size="))
+    text = f"""HloModule conv
+
+ENTRY %main (x: f32[2,{given},3], k: f32[{kernel},3,5]) -> f32[2,{made},5] {{
+  %x = f32[2,{given},3]{{2,1,0}} parameter(0)
+  %k = f32[{kernel},3,5]{{2,1,0}} parameter(1)
+  ROOT %y = f32[2,{made},5] convolution(%x, %k), window={{{window}}}, dim_labels=b0f_0io->b0f
+}}
+"""
+    facts = dict(pair.split("=") for pair in window.split())
+    stride, hole, step = (int(facts.get(n, 1)) for n in ("stride", "lhs_dilate", "rhs_dilate"))
+    before = int(facts.get("pad", "0_0").split("_")[0])
+    places = {i * hole for i in range(given)}
+    meets = sum(
+        o * stride + tap * step - before in places for o in range(made) for tap in range(kernel)
+    )
+    (cost,) = (c for c in Program(text).costs() if c.flops)
+    assert cost.flops == 2 * 2 * 3 * 5 * meets
+
+
 def test_text_without_a_program_is_refused():
     with pytest.raises(ValueError, match="no ENTRY"):
         Program("module @jit_step {}")

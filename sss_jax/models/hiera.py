@@ -214,9 +214,12 @@ class Hiera(nn.Module):
 
     def _plain(self, i: int, x: Array) -> Array:
         c = self.config
-        block = nn.remat(Block, policy=_KEEPS[c.remat_keeps]) if c.remat else Block
-        shape = block_table(c)[i]
-        return block(*shape, c.mlp_ratio, c.compute_dtype, name=f"blocks_{i}")(x)
+        shape = (*block_table(c)[i], c.mlp_ratio, c.compute_dtype)
+        if c.remat and not self.is_initializing():
+            params = self.variables["params"][f"blocks_{i}"]
+            policy = _KEEPS[c.remat_keeps]
+            return repeats.apply(Block(*shape, parent=None), params, x, remat=True, policy=policy)
+        return Block(*shape, name=f"blocks_{i}")(x)
 
     def _repeated(self, run: repeats.Run, x: Array) -> Array:
         c = self.config

@@ -38,7 +38,7 @@ class MemoryBank(NamedTuple):
 
     def conditioning(self, config: Sam2Config) -> int:
         """C, slots for prompted slices."""
-        return self.memory_BKLPM.shape[2] - (config.num_maskmem - 1)
+        return self.pointer_BKRD.shape[2] - (config.max_pointers - 1)
 
 
 class Memory(NamedTuple):
@@ -54,7 +54,12 @@ class Memory(NamedTuple):
 
 
 def empty_bank(
-    config: Sam2Config, batch: int, objects: int, positions: int, conditioning: int
+    config: Sam2Config,
+    batch: int,
+    objects: int,
+    positions: int,
+    conditioning: int,
+    slices: int | None = None,
 ) -> MemoryBank:
     """Return a bank that remembers nothing.
 
@@ -64,8 +69,12 @@ def empty_bank(
         objects: K.
         positions: P, cells of the coarse grid.
         conditioning: C, prompted slices per object that must fit.
+        slices: most slices of a volume, if that is known: a short one fills a shorter ring.
     """
-    slots = conditioning + config.num_maskmem - 1
+    # One slice at least is prompted. Of the others the first and the last share a slot in a ring
+    # of S - 1, but nothing is visited after the second of them.
+    ring = config.num_maskmem - 1 if slices is None else _short_ring(config, slices)
+    slots = conditioning + ring
     pointers = conditioning + config.max_pointers - 1
     dtype = config.compute_dtype
     return MemoryBank(
@@ -74,6 +83,10 @@ def empty_bank(
         jnp.zeros((batch, objects, pointers, config.width), dtype),
         jnp.full((batch, objects, pointers), EMPTY, jnp.int32),
     )
+
+
+def _short_ring(config: Sam2Config, slices: int) -> int:
+    return max(1, min(config.num_maskmem - 1, slices - 1))
 
 
 def _put(values: Array, slices_BKS: Array, new: Array, at_BK: Array, index_BK1: Array) -> tuple:
@@ -124,7 +137,7 @@ def remember_tracked(
     `index` is one slice number for all objects, or one for each.
     """
     count = bank.conditioning(config)
-    memory = count + index % (config.num_maskmem - 1)
+    memory = count + index % (bank.memory_BKLPM.shape[2] - count)
     pointer = count + index % (config.max_pointers - 1)
     memory_BK = jnp.where(memory_where_BK, memory, -1)
     pointer_BK = jnp.where(pointer_where_BK, pointer, -1)

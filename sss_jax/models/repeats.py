@@ -78,14 +78,56 @@ def loop(
         jax.tree.map(lambda *same: jnp.stack(same), *params[place::count]) for place in range(count)
     ]
 
-    def apply(layer: nn.Module, own: PyTree, x: Array) -> Array:
-        y: Any = layer.apply({"params": own}, x, *rest)
-        return y
-
     def turn(x: Array, owns: list[PyTree]) -> tuple[Array, None]:
         for layer, own in zip(group, owns, strict=True):
-            call = jax.checkpoint(apply, policy=policy, static_argnums=0) if remat else apply
-            x = call(layer, own, x)
+            x = apply(layer, own, x, *rest, remat=remat, policy=policy)
         return x, None
 
     return jax.lax.scan(turn, x, stacked)[0]
+
+
+def apply(
+    layer: nn.Module,
+    params: PyTree,
+    x: Array,
+    *rest: Any,
+    remat: bool = False,
+    policy: Callable[..., Any] | None = None,
+) -> Array:
+    """Apply one unbound layer; arguments as for `loop`."""
+
+    def call(params: PyTree, x: Array) -> Array:
+        y: Any = layer.apply({"params": params}, x, *rest)
+        return y
+
+    return recomputed(call, policy)(params, x) if remat else call(params, x)
+
+
+def recomputed(
+    function: Callable[[PyTree, Array], PyTree], policy: Callable[..., Any] | None = None
+) -> Callable[[PyTree, Array], PyTree]:
+    """Return `function(params, x)` that recomputes its activations in the backward pass.
+
+    All its gradients are made before the backward pass goes on: a compiler that puts off those of
+    the parameters, which nothing waits for, keeps everything alive that they are made of.
+    """
+    lean = jax.checkpoint(function, policy=policy)
+    return lambda params, x: lean(*_together(params, x))
+
+
+@jax.custom_vjp
+def _together(params: PyTree, x: Array) -> tuple[PyTree, Array]:
+    """Return both as they are; their gradients wait for each other."""
+    return params, x
+
+
+def _forwards(params: PyTree, x: Array) -> tuple[tuple[PyTree, Array], None]:
+    return (params, x), None
+
+
+def _backwards(_: None, gradients: tuple[PyTree, Array]) -> tuple[PyTree, Array]:
+    found: tuple[PyTree, Array] = jax.lax.optimization_barrier(gradients)
+    return found
+
+
+_together.defvjp(_forwards, _backwards)

@@ -18,6 +18,7 @@ from jax import lax
 
 from sss_jax.axes import Array, Float, Key, PyTree
 from sss_jax.models import layers
+from sss_jax.models.repeats import recomputed
 from sss_jax.options import DFEOptions
 
 LEVELS = ("level_4", "level_8", "level_16")  # options and parameters, from fine to coarse
@@ -160,7 +161,7 @@ def project_levels(
     """Apply `project` to every enabled level of one view (fine, middle, coarse)."""
     maps = dict(zip(LEVELS, features, strict=True))
     # The MLP's hidden layers are the largest arrays of a step: 512 channels at stride 4.
-    apply = jax.checkpoint(project) if options.remat else project
+    apply = recomputed(project) if options.remat else project
     return {level: apply(params[level], maps[level]) for level in enabled_levels(options)}
 
 

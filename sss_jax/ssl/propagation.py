@@ -153,8 +153,9 @@ class _Walk(NamedTuple):
         batch, classes = self.prompts.start_BK.shape
         zero = jnp.zeros((batch, classes), jnp.int32)
         coarse = jax.eval_shape(self.skips_of, zero).coarse_BHWD
-        config = self.network.model.config
-        bank = empty_bank(config, batch * classes, 1, coarse.shape[1] * coarse.shape[2], 1)
+        config, slices = self.network.model.config, slice_mask_BS.shape[1]
+        positions = coarse.shape[1] * coarse.shape[2]
+        bank = empty_bank(config, batch * classes, 1, positions, 1, slices)
         # Written so that it varies over devices as the clips do.
         nothing = jnp.any(slice_mask_BS & ~slice_mask_BS)
         bank = jax.tree.map(lambda x: jnp.where(nothing, 0, x).astype(x.dtype), bank)

@@ -9,7 +9,17 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sss_jax.models.memory_bank import Memory, empty_bank, remember_prompted, remember_tracked
+from sss_jax.models.memory_bank import (
+    Memory,
+    TwoWays,
+    empty_bank,
+    reach,
+    remember_on_the_way,
+    remember_prompted,
+    remember_tracked,
+    turn_back,
+)
+from sss_jax.models.presets import Sam2Config
 from sss_jax.models.prompt_encoder import Prompts
 from sss_jax.models.sss import init_params
 from sss_jax.options import MemoryOptions
@@ -227,3 +237,44 @@ def test_without_memory_slices_are_decoded_by_themselves(setup):
     got = segment_clips(network, features, prompts, mask, options)
     want = network.segment(features, prompts.images())
     jax.tree.map(np.testing.assert_array_equal, got, want)
+
+
+def sights(config, start, num, slices, known):
+    """What every slice on the way sees: its memories as pairs of slice and age."""
+    bank = empty_bank(config, 1, 1, 1, 1, known)
+    ways, seen = TwoWays(bank, bank), []
+    place = lambda value: jnp.full((1, 1), value)  # noqa: E731
+    for step, at in enumerate([*range(start, num), *range(start - 1, -1, -1)]):
+        back = place(at < start)
+        ways = turn_back(ways, place(at == start - 1))
+        view = reach(ways.bank, config, place(at), place(num), back)
+        held = zip(
+            np.ravel(ways.bank.memory_BKLPM[..., 0, 0]),
+            np.ravel(view.memory_age_BKL),
+            np.ravel(view.memory_valid_BKL),
+            strict=True,
+        )
+        seen.append(sorted((float(memory), int(age)) for memory, age, valid in held if valid))
+        new = Memory(
+            jnp.full((1, 1, 1, config.memory_width), float(at)), jnp.zeros((1, 1, config.width))
+        )
+        first = place(step == 0)
+        ways = TwoWays(*(remember_prompted(b, config, new, place(at), first) for b in ways))
+        ways = remember_on_the_way(ways, config, new, place(at), ~first, jnp.int32(step), back)
+    return seen
+
+
+@pytest.mark.parametrize("slices", [1, 2, 3, 4, 6])
+def test_a_short_clip_needs_a_short_ring_only(slices):
+    config = Sam2Config(memory_width=1, width=1)
+    short = empty_bank(config, 1, 1, 1, 1, slices).memory_BKLPM.shape[2]
+    assert short == 1 + max(slices - 1, 1) < config.num_maskmem
+    for num in {slices, max(slices - 1, 1)}:
+        for start in range(num):
+            whole = sights(config, start, num, slices, None)
+            assert sights(config, start, num, slices, slices) == whole
+
+
+def test_a_long_clip_has_the_whole_ring():
+    config = Sam2Config()
+    assert empty_bank(config, 1, 1, 1, 1, 40).memory_BKLPM.shape[2] == config.num_maskmem
