@@ -1,5 +1,6 @@
 """Results of benchmarks as JSON: what was measured, on what, with which versions."""
 
+import contextlib
 import ctypes
 import datetime
 import importlib.metadata
@@ -9,7 +10,7 @@ import platform
 import statistics
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,28 @@ def seconds(run: Callable[[], Any], repeats: int, warm_up: int = 2) -> list[floa
         began = time.perf_counter()
         run()
         times.append(time.perf_counter() - began)
+    return times
+
+
+def alternate(
+    runs: Mapping[str, Callable[[], Any]], repeats: int, profile: Path | None = None
+) -> dict[str, list[float]]:
+    """Time several calls in turn, so that a change of load hits all; each waits for its result.
+
+    A first round does not count. With `profile` one more round, which does not count either, is
+    written there as a trace of `jax.profiler`.
+    """
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    for turn in range(repeats + 1):
+        for name, run in runs.items():
+            began = time.perf_counter()
+            run()
+            if turn:
+                times[name].append(time.perf_counter() - began)
+    with jax.profiler.trace(profile) if profile else contextlib.nullcontext():
+        for name, run in runs.items() if profile else ():
+            with jax.profiler.TraceAnnotation(name):
+                run()
     return times
 
 
@@ -77,9 +100,18 @@ def cores_allowed() -> int:
     return os.cpu_count() or 1
 
 
+def document(name: str, rows: list[dict[str, Any]], **more: Any) -> dict[str, Any]:
+    """Return a result with what it was measured on; `sss_jax.benchmarks.schema` describes it."""
+    return {"benchmark": name, **environment(), **more, "rows": rows}
+
+
 def write(path: Path, name: str, rows: list[dict[str, Any]], **more: Any) -> None:
     """Write a result file."""
-    content = {"benchmark": name, **environment(), **more, "rows": rows}
+    save(path, document(name, rows, **more))
+
+
+def save(path: Path, content: dict[str, Any]) -> None:
+    """Write a result as it is."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(content, indent=2) + "\n")
 
