@@ -21,11 +21,13 @@ from typing import Any
 import numpy as np
 
 from sss_jax.benchmarks import result
+from sss_jax.benchmarks.request import Measured, Request
 from sss_jax.data.examples import place
 from sss_jax.data.pipeline import Loader, draw_slices
 from sss_jax.data.prepare import prepare_folder
 from sss_jax.data.prepared_source import PreparedSource, PreparedStack
 from sss_jax.data.sources import Source, open_source
+from sss_jax.data.synthetic import SplitSizes, write_phantoms
 from sss_jax.options import DataOptions, ModelOptions, Options, TrainOptions
 
 CLIP, LABELLED, UNLABELLED = 8, 4, 4
@@ -44,6 +46,25 @@ class Way:
     files: tuple[Path, ...] = ()
 
 
+@dataclasses.dataclass(frozen=True)
+class Work:
+    """How much is measured.
+
+    Attributes:
+        threads: reading threads, one after the other.
+        steps: batches in one timing.
+        repeats: timings.
+        cold: whether to measure with the files' pages dropped too.
+        seen: slices/s that a device was seen to take; None: projected.
+    """
+
+    threads: tuple[int, ...] = (2,)
+    steps: int = 2
+    repeats: int = 5
+    cold: bool = False
+    seen: float | None = None
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Measure and write."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -57,35 +78,63 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--consumption", type=float, help="slices/s that a device was seen to take")
     parser.add_argument("-o", "--output", type=Path, required=True)
     args = parser.parse_args(argv)
-    rows, stages, needs = [], [], []
-    with tempfile.TemporaryDirectory() as scratch:
-        for folder, sizes in map(parse, args.data):
-            shards = Path(scratch) / folder.name
-            prepare_folder(folder, shards, say=lambda line: print(line, file=sys.stderr))
-            for size in sizes:
-                need = consumption(size, args.consumption)
-                needs += [need] if need not in needs else []
-                stages += [
-                    {"data": folder.name, **row} for row in stage_times(folder, shards, size)
-                ]
-                for threads in args.threads:
-                    ways = make_ways(folder, shards, size, threads, args.steps)
-                    for row in time_all(ways, shards, args.repeats, args.cold):
-                        share = row["slices_per_s"]["median"] / need["slices_per_s"]
-                        fixed = {"data": folder.name, "size": size, "threads": threads}
-                        rows.append({**fixed, **row, "share_of_consumption": round(share, 4)})
-                        print(rows[-1], file=sys.stderr, flush=True)
+    folders, threads = list(map(parse, args.data)), tuple(args.threads)
+    work = Work(threads, args.steps, args.repeats, args.cold, args.consumption)
+    measured = rates(folders, work, lambda line: print(line, file=sys.stderr, flush=True))
     result.write(
         args.output,
         "data_rate",
-        rows,
-        stages=stages,
-        consumption=needs,
+        measured.rows,
+        **measured.more,
         settings={"clip_slices": CLIP, "labelled": LABELLED, "unlabelled": UNLABELLED},
         cores_allowed=len(os.sched_getaffinity(0)),
         malloc=os.environ.get("GLIBC_TUNABLES"),
     )
     return 0
+
+
+def measure(request: Request) -> Measured:
+    """Measure on a few phantoms, at the configuration's image size and threads."""
+    options = next(iter(request.options().values()))
+    few = SplitSizes(labelled=2, unlabelled=2, val=1, test=0)
+    work = Work((options.data.threads,), repeats=request.repeats)
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = write_phantoms(Path(scratch) / "phantoms", subjects=few)
+        return rates([(folder, [options.model.image_size])], work, request.say)
+
+
+def rates(
+    folders: list[tuple[Path, list[int]]], work: Work, say: Callable[[str], None]
+) -> Measured:
+    """Measure every folder at its sizes."""
+    rows: list[dict[str, Any]] = []
+    stages: list[dict[str, Any]] = []
+    needs: list[dict[str, Any]] = []
+    with tempfile.TemporaryDirectory() as scratch:
+        for folder, sizes in folders:
+            shards = Path(scratch) / folder.name
+            prepare_folder(folder, shards, say=say)
+            for size in sizes:
+                need = consumption(size, work.seen)
+                needs += [need] if need not in needs else []
+                stages += [
+                    {"data": folder.name, **row} for row in stage_times(folder, shards, size)
+                ]
+                for row in _rows(folder, shards, size, work, need["slices_per_s"]):
+                    rows.append(row)
+                    say(str(row))
+    return Measured(rows, {"stages": stages, "consumption": needs})
+
+
+def _rows(
+    folder: Path, shards: Path, size: int, work: Work, need: float
+) -> Iterator[dict[str, Any]]:
+    for threads in work.threads:
+        ways = make_ways(folder, shards, size, threads, work.steps)
+        for row in time_all(ways, shards, work.repeats, work.cold):
+            share = row["slices_per_s"]["median"] / need
+            fixed = {"data": folder.name, "size": size, "threads": threads}
+            yield {**fixed, **row, "share_of_consumption": round(share, 4)}
 
 
 def parse(text: str) -> tuple[Path, list[int]]:

@@ -20,6 +20,7 @@ import numpy as np
 
 from sss_jax import compiling
 from sss_jax.benchmarks import race, result
+from sss_jax.benchmarks.ceilings import matmul_rate
 from sss_jax.models import memory_bank, tracking
 
 MEMORIES, POINTERS = 7, 16
@@ -44,14 +45,6 @@ def main() -> int:
             rows.append(row)
     result.write(args.output, "sam2_speed", rows, matmul_flops_per_s=rate, size=args.size)
     return 0
-
-
-def matmul_rate(side: int = 2048) -> float:
-    """Operations per second of a float32 product of square matrices."""
-    x = jnp.ones((side, side))
-    product = compiling.jit(lambda a: a @ a)
-    times = result.seconds(lambda: product(x).block_until_ready(), 5)
-    return 2 * side**3 / min(times)
 
 
 def measure(variant: str, size: int, repeats: int, compiled: bool) -> Iterator[dict[str, Any]]:

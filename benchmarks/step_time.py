@@ -1,16 +1,17 @@
-"""One training step, part by part: `python -m sss_jax.benchmarks.step_time --config hippocampus`.
+"""One training step of every method: `sss-jax bench step_time --config hippocampus`.
 
 Compiles the step of every variant (the method as it is, then with one mechanism switched off at a
 time) on synthetic clips of the configuration's shapes, and times them alternately, so that a change
-of load hits all. What a mechanism costs is the difference to the step without it. `--count` only
-counts floating-point operations, which needs neither time nor memory for the largest network.
+of load hits all. What a mechanism costs is the difference to the step without it.
+`python -m sss_jax.benchmarks.step_time --count` only counts floating-point operations, which needs
+neither time nor memory for the largest network.
 """
 
 import argparse
 import statistics
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,6 +20,8 @@ import numpy as np
 
 from sss_jax import config, flops
 from sss_jax.benchmarks import result
+from sss_jax.benchmarks.request import Measured, Request
+from sss_jax.errors import ConfigError
 from sss_jax.options import Options
 from sss_jax.train.mesh import make_driver
 from sss_jax.train.setup import batch_fields, key_shape, set_up
@@ -32,6 +35,9 @@ WITHOUT: dict[str, tuple[str, ...]] = {
     "PCSW": ("pcsw.enabled=false", "semi.labelled_prompts=none"),
     "memory": ("memory.kind=none",),
 }
+
+
+METHODS = ("sss", "unimatch_v2", "fixmatch", "supervised")
 
 
 class Compiled(NamedTuple):
@@ -55,21 +61,44 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--count", action="store_true", help="count operations, run nothing")
     parser.add_argument("-o", "--output", type=Path)
     args = parser.parse_args(argv)
-    variants = {m: config.load(f"{args.config}:{m}", args.set) for m in args.methods}
-    if "sss" in variants:
-        for name in args.without:
-            overrides = [*args.set, *WITHOUT[name]]
-            variants[f"sss without {name}"] = config.load(f"{args.config}:sss", overrides)
-    if args.count:
-        rows = count_all(variants)
-    else:
-        steps = {name: compile_step(name, options) for name, options in variants.items()}
-        rows = time_all(steps, args.repeats)
+    methods, without = tuple(args.methods), tuple(args.without)
+    request = Request(args.config, tuple(args.set), methods, without, args.repeats, say=_say)
+    rows = count_all(variants(request)) if args.count else measure(request).rows
     for row in rows:
         print(row)
     if args.output:
         result.write(args.output, "step_time", rows, config=args.config, settings=args.set)
     return 0
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+def measure(request: Request) -> Measured:
+    """Compile and time the step of every variant."""
+    steps = {}
+    for name, options in variants(request).items():
+        steps[name] = compile_step(name, options)
+        request.say(str(steps[name].facts))
+    return Measured(time_all(steps, request.repeats, request.trace("step_time")), {})
+
+
+def variants(request: Request) -> dict[str, Options]:
+    """Load every method, and SSS with one mechanism switched off at a time.
+
+    Raises:
+        ConfigError: a method or mechanism that does not exist.
+    """
+    found = request.options(METHODS)
+    for name in request.without:
+        if name not in WITHOUT:
+            raise ConfigError(f"no mechanism is called {name!r}; known: {', '.join(WITHOUT)}")
+    if "sss" in found:
+        for name in request.without:
+            overrides = [*request.overrides, *WITHOUT[name]]
+            found[f"sss without {name}"] = config.load(f"{request.name}:sss", overrides)
+    return found
 
 
 def count_all(variants: dict[str, Options]) -> list[dict[str, Any]]:
@@ -78,7 +107,7 @@ def count_all(variants: dict[str, Options]) -> list[dict[str, Any]]:
     whole = next(iter(counts.values()))
     return [
         {
-            "variant": name,
+            "name": name,
             "gflop": round(n / 1e9, 1),
             "difference_to_first": round(1 - n / whole, 4),
         }
@@ -93,26 +122,30 @@ def count(options: Options) -> int:
     return flops.count(step, state, batch_fields(options), key_shape())
 
 
-def compile_step(name: str, options: Options) -> Compiled:
-    """Compile the step of one variant and look at what came out."""
+def place(options: Options) -> tuple[Any, tuple[Any, Any, Any]]:
+    """Return the step, not compiled, and its state, batch and key where it wants them."""
     model, optimizer, memory, shapes = set_up(options)
     key = root_key(0)
     driver = make_driver(model, options, optimizer, shapes)
     state = driver.create(lambda: state_of(init_all_params(model, options, key), optimizer, memory))
-    batch, key = driver.place_batch(synthetic_batch(options)), driver.place_key(key)
+    return driver.step, (state, driver.place_batch(synthetic_batch(options)), driver.place_key(key))
+
+
+def compile_step(name: str, options: Options) -> Compiled:
+    """Compile the step of one variant and look at what came out."""
+    jitted, args = place(options)
     began = time.monotonic()
-    step = driver.step.lower(state, batch, key).compile()
+    step = jitted.lower(*args).compile()
     seconds = time.monotonic() - began
     cost, sizes = step.cost_analysis() or {}, step.memory_analysis()
     facts = {
-        "variant": name,
+        "name": name,
         "compile_s": round(seconds, 1),
         "xla_gflop": round(cost.get("flops", 0) / 1e9, 2),
         "xla_gbytes": round(cost.get("bytes accessed", 0) / 1e9, 2),
         "temporary_mib": sizes.temp_size_in_bytes >> 20,
     }
-    print(facts, file=sys.stderr, flush=True)
-    return Compiled(step, state, batch, key, facts)
+    return Compiled(step, *args, facts)
 
 
 def synthetic_batch(options: Options) -> dict[str, dict[str, np.ndarray]]:
@@ -141,17 +174,11 @@ def synthetic_batch(options: Options) -> dict[str, dict[str, np.ndarray]]:
     return batch
 
 
-def time_all(steps: dict[str, Compiled], repeats: int) -> list[dict[str, Any]]:
+def time_all(
+    steps: dict[str, Compiled], repeats: int, profile: Path | None = None
+) -> list[dict[str, Any]]:
     """Run every step in turn, `repeats` times after a first round that does not count."""
-    states = {name: compiled.state for name, compiled in steps.items()}
-    times: dict[str, list[float]] = {name: [] for name in steps}
-    for turn in range(repeats + 1):
-        for name, c in steps.items():
-            began = time.perf_counter()
-            states[name], metrics = c.step(states[name], c.batch, c.key)
-            jax.block_until_ready((states[name], metrics))
-            if turn:
-                times[name].append(time.perf_counter() - began)
+    times = result.alternate({n: runner(c) for n, c in steps.items()}, repeats, profile)
     whole = statistics.median(times[next(iter(times))])
     rows = []
     for name, c in steps.items():
@@ -166,6 +193,18 @@ def time_all(steps: dict[str, Compiled], repeats: int) -> list[dict[str, Any]]:
             }
         )
     return rows
+
+
+def runner(compiled: Compiled) -> Callable[[], None]:
+    """Return a function that goes one step on each time."""
+    state = compiled.state
+
+    def run() -> None:
+        nonlocal state
+        state, metrics = compiled.step(state, compiled.batch, compiled.key)
+        jax.block_until_ready((state, metrics))
+
+    return run
 
 
 if __name__ == "__main__":

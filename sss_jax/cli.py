@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from sss_jax import __version__
+from sss_jax import __version__, cli_bench
 from sss_jax.errors import ConfigError, PeerLost, SSSError
 
 _OVERRIDE = "--config."
@@ -62,6 +62,7 @@ def build_parser() -> argparse.ArgumentParser:
         _add_report,
         _add_estimate,
         _add_launch,
+        cli_bench.add,
     ):
         add(verbs)
     return parser

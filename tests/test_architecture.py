@@ -20,6 +20,7 @@ ORDER = [
     {"ssl"},
     {"train"},
     {"evaluate", "predict", "report", "doctor", "sam2", "estimate", "launch"},
+    {"benchmarks"},
     {"cli"},
 ]
 RANK = {room: rank for rank, rooms in enumerate(ORDER) for room in rooms}

@@ -11,7 +11,7 @@ import pytest
 from sss_jax import cli
 from sss_jax.errors import CheckpointError, ConfigError, DataError, NonFiniteError, Preempted
 
-VERBS = ("doctor", "data", "train", "predict", "evaluate", "report")
+VERBS = ("doctor", "data", "train", "predict", "evaluate", "report", "bench")
 
 
 @pytest.mark.parametrize("verb", VERBS)

@@ -99,14 +99,14 @@ def sss_loss(
         student, [features, *enhanced], prompts, masks, recalls, options, axis
     )
 
-    loss, aux = _labelled_loss(student, features, outputs[0], labelled, options, axis)
+    loss, aux = labelled_terms(student, features, outputs[0], labelled, options, axis)
     if options.semi.enabled:
         targets = [mix_target(view.box_B4, pseudo.target, axis) for view in views.strong]
         if lifted:
             own = cut(prompts, [len(m) for m in masks])[1:]
             seen = recalls.strong(bank, len(own))
             targets = lifted_targets(tutor, lifted, own, mask, views, options, seen)
-        unlabelled, shares = _unlabelled_loss(outputs[1:], targets, views, options, axis)
+        unlabelled, shares = unlabelled_terms(outputs[1:], targets, views, options, axis)
         loss += options.semi.weight * _ramp(step, options.semi) * unlabelled
         aux |= {"loss_unlabelled": unlabelled} | shares
         aux |= similarity
@@ -199,7 +199,7 @@ def _prompts(
     return join([first, *others])
 
 
-def _labelled_loss(
+def labelled_terms(
     student: Network,
     features: Features,
     output: SegmentOutput,
@@ -207,6 +207,7 @@ def _labelled_loss(
     options: Options,
     axis: Axis | None,
 ) -> tuple[Array, Aux]:
+    """Return the weighted loss of labelled clips, and its terms by name."""
     label, valid = clips_to_images(view.label_BSHW), clips_to_images(view.valid_BSHW)
     weights, size = options.loss, (label.shape[1], label.shape[2])
     logits = losses.upsample_logits(output.logits_BHWK1, size)
@@ -222,7 +223,7 @@ def _labelled_loss(
     return total, terms
 
 
-def _unlabelled_loss(
+def unlabelled_terms(
     outputs: list[SegmentOutput],
     targets: list[Target],
     views: UnlabelledViews,
