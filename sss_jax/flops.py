@@ -13,7 +13,7 @@ from typing import Any
 import jax
 from jax.extend import core
 
-__all__ = ["count"]
+__all__ = ["count", "inner"]
 
 
 def count(function: Callable[..., Any], *args: Any) -> int:
@@ -40,15 +40,16 @@ def _of_equation(equation: Any) -> int:
         return _of_product(equation)
     if name == "conv_general_dilated":
         return _of_convolution(equation)
-    inner = [_of_jaxpr(jaxpr) for jaxpr in _inner(params)]
+    within = [_of_jaxpr(jaxpr) for jaxpr in inner(params)]
     if name == "scan":
-        return params["length"] * sum(inner)
+        return params["length"] * sum(within)
     if name == "cond":
-        return max(inner, default=0)
-    return _devices(name, params) * sum(inner)
+        return max(within, default=0)
+    return _devices(name, params) * sum(within)
 
 
-def _inner(params: dict[str, Any]) -> list[core.Jaxpr]:
+def inner(params: dict[str, Any]) -> list[core.Jaxpr]:
+    """Return the jaxprs that an equation with these parameters runs."""
     values: list[Any] = []
     for value in params.values():
         values += value if isinstance(value, tuple | list) else [value]
