@@ -21,7 +21,7 @@ def cut(method, *changes):
     )
 
 
-@pytest.mark.parametrize("method", ["supervised", "sss"])
+@pytest.mark.parametrize("method", [pytest.param("supervised", marks=pytest.mark.slow), "sss"])
 def test_the_parts_of_the_step_have_its_operations(method):
     pieces = [p for p in cut(method) if p.in_step or p.name == WHOLE]
     counted = {p.name: flops.count(p.function, *p.args) for p in pieces}
