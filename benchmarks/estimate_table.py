@@ -24,6 +24,7 @@ SETTINGS = (
     "model.remat=true",
     "model.loop_blocks=true",
     "memory.remat=true",
+    "dfe.remat=true",
 )
 PRESETS = ("tiny", "small", "base_plus", "large")
 SIZES = (1024, 512)

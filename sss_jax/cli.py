@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from sss_jax import __version__, cli_bench
+from sss_jax import __version__, cli_bench, cli_launch
 from sss_jax.errors import ConfigError, PeerLost, SSSError
 
 _OVERRIDE = "--config."
@@ -61,7 +61,7 @@ def build_parser() -> argparse.ArgumentParser:
         _add_evaluate,
         _add_report,
         _add_estimate,
-        _add_launch,
+        cli_launch.add,
         cli_bench.add,
     ):
         add(verbs)
@@ -212,19 +212,6 @@ def _add_estimate(verbs: Any) -> None:
         "--quick", action="store_true", help="least effort of the compiler: figures are upper ends"
     )
     verb.epilog = "Settings are changed by --config.GROUP.FIELD=VALUE. Needs: pip install libtpu."
-
-
-def _add_launch(verbs: Any) -> None:
-    text = "Print the commands that start a run on rented machines."
-    verb = _verb(verbs, "launch", _launch, text, as_json=False)
-    verb.add_argument("--on", required=True, choices=("tpu-vm", "xpk", "slurm", "node"))
-    verb.add_argument("--topology", required=True, help="as for estimate")
-    verb.add_argument("--name", default="sss", help="of the job")
-    verb.add_argument("--zone", default="", help="of Google Cloud, for tpu-vm")
-    verb.add_argument("--setup", default="", help="installs sss-jax on a bare host, for tpu-vm")
-    verb.add_argument("--cluster", default="", help="of GKE, for xpk")
-    verb.add_argument("--image", default="", help="container with sss-jax, for xpk")
-    verb.add_argument("train", nargs="+", metavar="-- TRAIN", help="words behind `sss-jax train`")
 
 
 def _doctor(args: argparse.Namespace) -> int:
@@ -389,20 +376,6 @@ def _estimate(args: argparse.Namespace) -> int:
         print("\n\n".join(render(one) for one in found))
     fitting = [one for one in found if one.memory is None or one.memory.fits]
     return 0 if fitting else 1
-
-
-def _launch(args: argparse.Namespace) -> int:
-    from sss_jax import config
-
-    training = build_parser().parse_args(["train", *args.train])
-    options = config.load(training.config, args.overrides)
-    from sss_jax.launch import Job, commands, refuse_misfits
-
-    refuse_misfits(options, args.topology)
-    words = args.train + [f"{_OVERRIDE}{override}" for override in args.overrides]
-    job = Job(words, args.name, args.zone, args.cluster, args.image, args.setup)
-    print(commands(args.on, args.topology, job))
-    return 0
 
 
 def _report(args: argparse.Namespace) -> int:

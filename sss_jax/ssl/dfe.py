@@ -160,23 +160,9 @@ def project_levels(
 ) -> dict[str, Projection]:
     """Apply `project` to every enabled level of one view (fine, middle, coarse)."""
     maps = dict(zip(LEVELS, features, strict=True))
-    apply = _image_by_image if options.remat else project
+    # The MLP's hidden layers are the largest arrays of a step: 512 channels at stride 4.
+    apply = recomputed(project) if options.remat else project
     return {level: apply(params[level], maps[level]) for level in enabled_levels(options)}
-
-
-def _image_by_image(params: PyTree, features_BHWD: Float[Array, "B H W D"]) -> Projection:
-    """Project in a loop over images, computing all of it again in the backward pass.
-
-    The MLP's hidden layers are the largest arrays of a step: 512 channels at stride 4. Without the
-    loop TPU's compiler finds out that it computes them twice, and keeps them.
-    """
-
-    def one(params: PyTree, image_HWD: Array) -> Projection:
-        return jax.tree.map(lambda x: x[0], project(params, image_HWD[None]))
-
-    lean = recomputed(one)
-    found: Projection = lax.map(lambda image: lean(params, image), features_BHWD)
-    return found
 
 
 def merge_levels(
