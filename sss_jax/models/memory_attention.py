@@ -12,6 +12,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.ad_checkpoint import checkpoint_name
 
 from sss_jax.axes import Array, Bool, Float
 from sss_jax.models import layers, position, repeats
@@ -40,6 +41,11 @@ class MemoryKeys(NamedTuple):
     key_BKNM: Float[Array, "B K N M"]
     valid_BKN: Bool[Array, "B K N"]
     spatial: int
+
+
+_ATTENDED = "attended"
+_KEEPS = jax.checkpoint_policies.save_only_these_names(_ATTENDED)
+"""What a recomputed layer keeps: the attention, dearer than all the rest together."""
 
 
 class RotaryDense(nn.Module):
@@ -101,6 +107,7 @@ class RotaryAttention(nn.Module):
         q = jnp.broadcast_to(q, (*k.shape[:2], *q.shape[2:]))
         k = _rotate_keys(k, table, k.shape[2] if rotated is None else rotated)
         y = large_attention(q * self.width**-0.5, k, v.astype(self.dtype), valid)
+        y = checkpoint_name(y, _ATTENDED)
         y = layers.Dense(self.width, self.dtype, name="v_proj")(y)
         return layers.Dense(self.width, self.dtype, name="out_proj")(y)
 
@@ -179,6 +186,7 @@ class MemoryAttention(nn.Module):
             x = MemoryAttentionLayer(c, name=f"layers_{i}")(x, memory, table)
         if looped:
             params = [self.variables["params"][f"layers_{i}"] for i in range(1, c.memory_layers)]
-            x = repeats.loop([MemoryAttentionLayer(c, parent=None)], params, x, memory, table)
+            layer = MemoryAttentionLayer(c, parent=None)
+            x = repeats.loop([layer], params, x, memory, table, remat=c.remat, policy=_KEEPS)
         x = layers.LayerNorm(c.compute_dtype, EPSILON, name="norm")(x)
         return x.reshape(b, -1, h, w, d)

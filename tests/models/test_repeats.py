@@ -121,7 +121,8 @@ def test_kept_products_are_not_computed_again(trunk, config):
     assert plain < kept < lean, "the products of attention are computed again all the same"
 
 
-def test_looped_memory_attention_is_memory_attention():
+@pytest.mark.parametrize("remat", [False, True])
+def test_looped_memory_attention_is_memory_attention(remat):
     generator = np.random.default_rng(2)
     draw = lambda *shape: generator.standard_normal(shape).astype(np.float32)  # noqa: E731
     keys = MemoryKeys(draw(2, 3, 32, 8), draw(2, 3, 32, 8), generator.random((2, 3, 32)) > 0.2, 32)
@@ -130,10 +131,31 @@ def test_looped_memory_attention_is_memory_attention():
     def initial(module):
         return jax.eval_shape(lambda key: module.init(key, coarse, keys), jax.random.key(0))
 
-    plain, looped = MemoryAttention(DEEP), MemoryAttention(LOOPED)
+    plain = MemoryAttention(DEEP)
+    looped = MemoryAttention(dataclasses.replace(LOOPED, remat=remat))
     assert initial(plain) == initial(looped)
     params = random_like(initial(plain)["params"])
     assert_same(
         value_and_gradient(plain, params, coarse, keys),
         value_and_gradient(looped, params, coarse, keys),
     )
+
+
+def test_recomputed_memory_attention_does_not_attend_again():
+    keys = MemoryKeys(
+        jnp.zeros((1, 1, 256, 8)), jnp.zeros((1, 1, 256, 8)), jnp.ones((1, 1, 256), bool), 256
+    )
+    coarse = jnp.zeros((1, 16, 16, DEEP.width))
+
+    def operations(config, attention_alone=False):
+        module = MemoryAttention(config)
+        params = jax.eval_shape(lambda key: module.init(key, coarse, keys), jax.random.key(0))
+        loss = lambda p: module.apply(p, coarse, keys).sum()  # noqa: E731
+        return flops.count(jax.grad(loss), params)
+
+    kept = operations(LOOPED)
+    lean = operations(dataclasses.replace(LOOPED, remat=True))
+    # One product of all queries with all keys, in both attentions of the looped layers. The
+    # derivative of a softmax takes that of the logits again, but the one with the values is kept.
+    product = 2 * 256 * 256 * DEEP.width * 2 * (DEEP.memory_layers - 1)
+    assert kept + product < lean < kept + 2 * product
