@@ -239,7 +239,8 @@ def _counted(
     shards = devices // options.mesh.context
     operations = _operations(setup, options)
     lean = _without_remat(options)
-    model = operations if lean == options else _operations(set_up(lean), lean)
+    setup = setup if lean == options else set_up(lean)
+    model = _operations(setup, lean, again=False)
     return Estimate(
         topology=name,
         chip=topology.chip.name,
@@ -256,15 +257,16 @@ def _counted(
     )
 
 
-def _operations(setup: Setup, options: Options) -> int:
+def _operations(setup: Setup, options: Options, *, again: bool = True) -> int:
     step = make_train_step(setup.model, options, setup.optimizer)
-    return flops.count(step, setup.state, batch_fields(options), key_shape())
+    return flops.count(step, setup.state, batch_fields(options), key_shape(), again=again)
 
 
 def _without_remat(options: Options) -> Options:
     model = dataclasses.replace(options.model, remat=False)
     memory = dataclasses.replace(options.memory, remat=False)
-    return dataclasses.replace(options, model=model, memory=memory)
+    dfe = dataclasses.replace(options.dfe, remat=False)
+    return dataclasses.replace(options, model=model, memory=memory, dfe=dfe)
 
 
 def _compile(setup: Setup, options: Options, devices: list[Any], *, quick: bool = False) -> Any:

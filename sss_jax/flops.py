@@ -16,35 +16,48 @@ from jax.extend import core
 __all__ = ["count", "inner"]
 
 
-def count(function: Callable[..., Any], *args: Any) -> int:
+AGAIN = "computed_again"
+"""Name of jitted functions that a backward pass calls for what the forward pass had and dropped."""
+
+
+def count(function: Callable[..., Any], *args: Any, again: bool = True) -> int:
     """Count the operations of `function(*args)` without running it.
 
     Args:
         function: pure function of arrays.
         args: arrays or `jax.ShapeDtypeStruct`s.
+        again: count functions named AGAIN too; not so for the operations of a model.
 
     Returns:
         Operations of all devices together. A `while` whose length depends on the data counts one
-        turn, a `cond` its dearest branch.
+        turn, a `cond` its dearest branch; code that differs by platform counts as on CPUs.
     """
-    return _of_jaxpr(jax.make_jaxpr(function)(*args).jaxpr)
+    return _of_jaxpr(jax.make_jaxpr(function)(*args).jaxpr, again)
 
 
-def _of_jaxpr(jaxpr: core.Jaxpr) -> int:
-    return sum(_of_equation(equation) for equation in jaxpr.eqns)
+def _of_jaxpr(jaxpr: core.Jaxpr, again: bool) -> int:
+    return sum(_of_equation(equation, again) for equation in jaxpr.eqns)
 
 
-def _of_equation(equation: Any) -> int:
+def _of_equation(equation: Any, again: bool) -> int:
     name, params = equation.primitive.name, equation.params
     if name == "dot_general":
         return _of_product(equation)
     if name == "conv_general_dilated":
         return _of_convolution(equation)
-    within = [_of_jaxpr(jaxpr) for jaxpr in inner(params)]
+    if name == "pallas_call" and params["cost_estimate"]:
+        return int(params["cost_estimate"].flops)
+    if name == "jit" and params["name"] == AGAIN and not again:
+        return 0
+    within = [_of_jaxpr(jaxpr, again) for jaxpr in inner(params)]
     if name == "scan":
         return params["length"] * sum(within)
     if name == "cond":
-        return max(within, default=0)
+        platforms = params.get("branches_platforms") or ()
+        cpu = [
+            cost for cost, names in zip(within, platforms, strict=False) if "cpu" in (names or ())
+        ]
+        return max(cpu or within, default=0)
     return _devices(name, params) * sum(within)
 
 

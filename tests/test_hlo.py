@@ -173,3 +173,15 @@ def test_callbacks_and_types_are_seen():
     assert loud.host_calls()
     assert "f32" in quiet.types()
     assert "f64" not in quiet.types()
+
+
+def test_a_kernel_of_our_own_says_what_it_takes():
+    call = """HloModule m
+
+ENTRY %main (p0: bf16[8,128]) -> bf16[8,128] {
+  %p0 = bf16[8,128]{1,0} parameter(0)
+  ROOT %k = bf16[8,128]{1,0} custom-call(%p0), custom_call_target="tpu_custom_call", backend_config={"custom_call_config":{"body":"TUz","cost_estimate":{"flops":"235","transcendentals":"13","bytes_accessed":"617","remote_bytes_transferred":"0"}}}
+}
+"""  # noqa: E501
+    (cost,) = Program(call).costs()
+    assert (cost.flops, cost.nbytes) == (235, 617)

@@ -1,15 +1,27 @@
-"""Scaled dot-product attention: whole, or a block of queries at a time where logits are large."""
+"""Scaled dot-product attention: whole, or streamed where logits are large.
+
+Streamed attention never holds more than a block of logits, in neither pass: on TPUs it is a pair
+of kernels, elsewhere a loop over queries. Both keep the logarithm of the softmax's sums instead of
+the weights and compute these again in the backward pass.
+"""
 
 import functools
 import math
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from sss_jax.axes import Array, Bool, Float
+from sss_jax.models import attention_kernel
 
 CPU_LOGITS = 2**22
-"""Logits that a CPU holds at once; more do not stay in its caches."""
+"""Logits that a CPU holds at once; more do not stay in its caches.
+
+Up to here attention is whole everywhere.
+"""
 
 ACCELERATOR_LOGITS = 2**26
 """Logits that an accelerator holds at once: 256 MiB in float32.
@@ -20,6 +32,12 @@ layer of memory attention.
 
 SMALLEST_BLOCK = 64
 """Queries per block at least: products with fewer columns are slow."""
+
+ATTENDED = "attended"
+"""Name of the results of `large_attention`, for policies of what a recomputed layer keeps."""
+
+_Streamed = tuple[Array, Array]
+_Gradients = tuple[Array, Array, Array]
 
 _OFF = -1e30  # logit of a key that is switched off
 
@@ -48,22 +66,81 @@ def large_attention(
 ) -> Float[Array, "B H N E"]:
     """Attention of scaled queries to many keys, with float32 softmax and bounded memory.
 
-    Where a platform cannot hold all logits, it takes a block of queries at a time, and neither the
-    forward nor the backward pass ever holds more. `valid` is as in `attention`.
+    Beyond CPU_LOGITS it is streamed. `valid` is as in `attention`.
     """
-    run = functools.partial(_within, valid=valid)
-    return jax.lax.platform_dependent(
-        q,
-        k,
-        v,
-        cpu=functools.partial(run, limit=CPU_LOGITS),
-        default=functools.partial(run, limit=ACCELERATOR_LOGITS),
+    if math.prod(k.shape[:3]) * q.shape[2] <= CPU_LOGITS:
+        return checkpoint_name(_whole(q, k, v, valid), ATTENDED)
+    *batch, count, _ = q.shape
+    merge = functools.partial(_merge_batch, batch=len(batch))
+    on = None if valid is None else merge(valid)
+    out = _streamed(merge(q), merge(k), merge(v), on)
+    return out.reshape(*batch, count, v.shape[-1])
+
+
+@jax.custom_vjp
+def _streamed(q: Array, k: Array, v: Array, valid: Array | None) -> Array:
+    return _streamed_forward(q, k, v, valid)[0]
+
+
+def _streamed_forward(
+    q: Array, k: Array, v: Array, valid: Array | None
+) -> tuple[Array, tuple[Array | None, ...]]:
+    by_loop = _within(in_blocks, q, k)
+    kernel = (
+        _kernel_forward if attention_kernel.suits(*q.shape[1:]) else by_loop(ACCELERATOR_LOGITS)
     )
+    out, sums = jax.lax.platform_dependent(
+        q, k, v, valid, tpu=kernel, cpu=by_loop(CPU_LOGITS), default=by_loop(ACCELERATOR_LOGITS)
+    )
+    # Named here, so that a layer which keeps the result keeps what its backward pass needs.
+    out, sums = checkpoint_name(out, ATTENDED), checkpoint_name(sums, ATTENDED)
+    return out, (q, k, v, valid, out, sums)
 
 
-def _within(q: Array, k: Array, v: Array, *, valid: Array | None, limit: int) -> Array:
-    size = block_size(q.shape[2], math.prod(k.shape[:3]), limit)
-    return _whole(q, k, v, valid) if size == q.shape[2] else in_blocks(q, k, v, valid, size)
+def _streamed_backward(
+    kept: tuple[Array, Array, Array, Array | None, Array, Array], out_bar: Array
+) -> tuple[Array, Array, Array, None]:
+    q, k, v, valid, out, sums = kept
+    shift = jnp.einsum("gne,gne->gn", out, out_bar, preferred_element_type=jnp.float32)
+    by_loop = _within(gradients_in_blocks, q, k)
+    kernel = (
+        _kernel_backward if attention_kernel.suits(*q.shape[1:]) else by_loop(ACCELERATOR_LOGITS)
+    )
+    gradients = jax.lax.platform_dependent(
+        *(q, k, v, valid, sums, shift, out_bar),
+        tpu=kernel,
+        cpu=by_loop(CPU_LOGITS),
+        default=by_loop(ACCELERATOR_LOGITS),
+    )
+    return *gradients, None
+
+
+_streamed.defvjp(_streamed_forward, _streamed_backward)
+
+
+def _within(loop: Callable[..., Any], q: Array, k: Array) -> Callable[[int], Callable[..., Any]]:
+    """The loop over blocks of queries, by how many logits it may hold."""
+
+    def limited(limit: int) -> Callable[..., Any]:
+        size = block_size(q.shape[1], k.shape[0] * k.shape[1], limit)
+        return functools.partial(loop, size=size)
+
+    return limited
+
+
+def _kernel_forward(q: Array, k: Array, v: Array, valid: Array | None) -> _Streamed:
+    return attention_kernel.forward(q, k, v, _bias(k, valid))
+
+
+def _kernel_backward(
+    q: Array, k: Array, v: Array, valid: Array | None, sums: Array, shift: Array, out_bar: Array
+) -> _Gradients:
+    return attention_kernel.backward(q, k, v, _bias(k, valid), sums, shift, out_bar)
+
+
+def _bias(k: Array, valid: Array | None) -> Array:
+    on = jnp.ones(k.shape[:2], bool) if valid is None else valid
+    return jnp.where(on, 0.0, _OFF)
 
 
 def block_size(queries: int, keys: int, limit: int) -> int:
@@ -93,38 +170,88 @@ def _batched(product: str, x: Array, y: Array, dtype: jnp.dtype) -> Array:
 
 
 def in_blocks(
-    q: Float[Array, "B H N D"],
-    k: Float[Array, "B H M D"],
-    v: Float[Array, "B H M E"],
-    valid: Bool[Array, "B H M"] | None,
+    q: Float[Array, "G N D"],
+    k: Float[Array, "G M D"],
+    v: Float[Array, "G M E"],
+    valid: Bool[Array, "G M"] | None,
     size: int,
-) -> Float[Array, "B H N E"]:
+) -> tuple[Float[Array, "G N E"], Float[Array, "G N"]]:
     """Attention of `size` queries after `size` queries, which must divide N.
 
     Queries run along the last axis of the logits: the maximum over keys then takes whole vectors,
     and both products read their large operand as it lies. The sum of the weights is a row of the
     product with the values, not another pass over them.
+
+    Returns:
+        The attention, and the logarithm of the sum of every query's weights.
     """
-    *batch, count, width = q.shape
-    merge = functools.partial(_merge_batch, batch=len(batch))
-    q, k, v = merge(q), merge(k), merge(v)
-    sums = jnp.ones((*v.shape[:-1], 1), v.dtype)
-    values = jnp.swapaxes(jnp.concatenate([v, sums], axis=-1), 1, 2)
-    on = None if valid is None else merge(valid)
+    ones = jnp.ones((*v.shape[:-1], 1), v.dtype)
+    values = jnp.swapaxes(jnp.concatenate([v, ones], axis=-1), 1, 2)
 
-    @jax.checkpoint
-    def block(q_HnD: Array) -> Array:
-        logits = jnp.einsum("hmd,hnd->hmn", k, q_HnD, preferred_element_type=jnp.float32)
-        if on is not None:
-            logits = jnp.where(on[:, :, None], logits, _OFF)
-        top = jax.lax.stop_gradient(logits.max(axis=1, keepdims=True))
+    def block(q_GnD: Array) -> tuple[Array, Array]:
+        logits = _logits(k, q_GnD, valid)
+        top = logits.max(axis=1, keepdims=True)
         weights = jnp.exp(logits - top).astype(v.dtype)
-        total = jnp.einsum("hem,hmn->hen", values, weights, preferred_element_type=jnp.float32)
-        return jnp.swapaxes(total[:, :-1] / total[:, -1:], 1, 2).astype(v.dtype)
+        total = jnp.einsum("gem,gmn->gen", values, weights, preferred_element_type=jnp.float32)
+        out, sums = total[:, :-1] / total[:, -1:], total[:, -1]
+        return jnp.swapaxes(out, 1, 2).astype(v.dtype), top[:, 0] + jnp.log(sums)
 
-    blocks = jnp.moveaxis(q.reshape(-1, count // size, size, width), 1, 0)
-    out = jnp.moveaxis(jax.lax.map(block, blocks), 0, 1)
-    return out.reshape(*batch, count, v.shape[-1])
+    out, sums = jax.lax.map(block, _split(q, size))
+    return _join(out), _join(sums)
+
+
+def gradients_in_blocks(
+    q: Float[Array, "G N D"],
+    k: Float[Array, "G M D"],
+    v: Float[Array, "G M E"],
+    valid: Bool[Array, "G M"] | None,
+    sums: Float[Array, "G N"],
+    shift: Float[Array, "G N"],
+    out_bar: Float[Array, "G N E"],
+    size: int,
+) -> tuple[Float[Array, "G N D"], Float[Array, "G M D"], Float[Array, "G M E"]]:
+    """Gradients of q, k and v from that of the attention, `size` queries at a time.
+
+    `sums` is what `in_blocks` returned, `shift` the sum over channels of output times gradient.
+    """
+    einsum = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
+
+    def block(totals: tuple[Array, ...], parts: tuple[Array, ...]) -> tuple[Any, Array]:
+        q, sums, shift, out_bar = parts
+        weights = jnp.exp(computed_again(k, q, valid) - sums[:, None])
+        v_bar = einsum("gmn,gne->gme", weights.astype(v.dtype), out_bar)
+        lean = einsum("gme,gne->gmn", v, out_bar) - shift[:, None]
+        logits_bar = (weights * lean).astype(q.dtype)
+        k_bar = einsum("gmn,gnd->gmd", logits_bar, q)
+        q_bar = einsum("gmn,gmd->gnd", logits_bar, k).astype(q.dtype)
+        return (totals[0] + k_bar, totals[1] + v_bar), q_bar
+
+    nothing = tuple(jnp.zeros(x.shape, jnp.float32) for x in (k, v))
+    parts = tuple(_split(x, size) for x in (q, sums, shift, out_bar))
+    (k_bar, v_bar), q_bar = jax.lax.scan(block, nothing, parts)
+    return _join(q_bar), k_bar.astype(k.dtype), v_bar.astype(v.dtype)
+
+
+def _logits(k_GMD: Array, q_GnD: Array, valid: Array | None) -> Array:
+    logits = jnp.einsum("gmd,gnd->gmn", k_GMD, q_GnD, preferred_element_type=jnp.float32)
+    return logits if valid is None else jnp.where(valid[:, :, None], logits, _OFF)
+
+
+@jax.jit
+def computed_again(k_GMD: Array, q_GnD: Array, valid: Array | None) -> Array:
+    """Logits in the backward pass; a function, for counts of operations to know them by name."""
+    return _logits(k_GMD, q_GnD, valid)
+
+
+def _split(x: Array, size: int) -> Array:
+    """Cut axis 1 into blocks, which become the first axis."""
+    return jnp.moveaxis(x.reshape(x.shape[0], -1, size, *x.shape[2:]), 1, 0)
+
+
+def _join(blocks: Array) -> Array:
+    """Undo `_split`."""
+    x = jnp.moveaxis(blocks, 0, 1)
+    return x.reshape(x.shape[0], -1, *x.shape[3:])
 
 
 def _merge_batch(x: Array, batch: int) -> Array:

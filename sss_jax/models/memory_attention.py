@@ -12,11 +12,10 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.ad_checkpoint import checkpoint_name
 
 from sss_jax.axes import Array, Bool, Float
 from sss_jax.models import layers, position, repeats
-from sss_jax.models.attention import large_attention
+from sss_jax.models.attention import ATTENDED, large_attention
 from sss_jax.models.initial import initialiser
 from sss_jax.models.presets import Sam2Config
 
@@ -43,8 +42,7 @@ class MemoryKeys(NamedTuple):
     spatial: int
 
 
-_ATTENDED = "attended"
-_KEEPS = jax.checkpoint_policies.save_only_these_names(_ATTENDED)
+_KEEPS = jax.checkpoint_policies.save_only_these_names(ATTENDED)
 """What a recomputed layer keeps: the attention, dearer than all the rest together."""
 
 
@@ -107,7 +105,6 @@ class RotaryAttention(nn.Module):
         q = jnp.broadcast_to(q, (*k.shape[:2], *q.shape[2:]))
         k = _rotate_keys(k, table, k.shape[2] if rotated is None else rotated)
         y = large_attention(q * self.width**-0.5, k, v.astype(self.dtype), valid)
-        y = checkpoint_name(y, _ATTENDED)
         y = layers.Dense(self.width, self.dtype, name="v_proj")(y)
         return layers.Dense(self.width, self.dtype, name="out_proj")(y)
 

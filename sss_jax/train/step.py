@@ -155,21 +155,21 @@ def make_train_step(
         teacher = state["ema"] if options.semi.teacher == "ema" else params["net"]
         found = gradients(params, teacher, state.get("bank", {}), batch, key, step)
         grads = found.of_params
-        with jax.named_scope("optimizer"):
-            updates, opt_state = optimizer.update(grads, state["opt_state"], params)
-            new_params = optax.apply_updates(params, updates)
-        proposed = {
-            "params": new_params,
-            "ema": ema_update(state["ema"], new_params["net"], step, options.semi.ema_decay),
-            "opt_state": opt_state,
-        }
-        if found.bank:
-            proposed["bank"] = found.bank
         grad_norm = optax.tree.norm(grads)
         # The norm is finite only if every gradient is: one test serves for hundreds of arrays.
         finite = jnp.isfinite(found.loss) & jnp.isfinite(grad_norm)
-        current = {name: state[name] for name in proposed}
-        new_state = apply_if_finite(finite, proposed, current) | {"step": step + 1}
+
+        @jax.named_scope("optimizer")
+        def update() -> PyTree:
+            updates, opt_state = optimizer.update(grads, state["opt_state"], params)
+            new = optax.apply_updates(params, updates)
+            ema = ema_update(state["ema"], new["net"], step, options.semi.ema_decay)
+            bank = {"bank": found.bank} if found.bank else {}
+            return bank | {"params": new, "ema": ema, "opt_state": opt_state}
+
+        new_state = apply_if_finite(
+            finite, update, {k: v for k, v in state.items() if k != "step"}
+        ) | {"step": step + 1}
         metrics = found.aux | {"loss": found.loss, "grad_norm": grad_norm, "finite": finite}
         return new_state, metrics
 

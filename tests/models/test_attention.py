@@ -1,4 +1,4 @@
-"""Attention against its definition: at once, in blocks, with keys switched off."""
+"""Attention against its definition: at once, in blocks, in TPU kernels, with keys switched off."""
 
 import jax
 import jax.numpy as jnp
@@ -6,7 +6,17 @@ import numpy as np
 import pytest
 from scipy.special import log_softmax
 
-from sss_jax.models.attention import attention, block_size, in_blocks, large_attention
+from sss_jax import flops
+from sss_jax.models import attention as module
+from sss_jax.models import attention_kernel
+from sss_jax.models.attention import (
+    ATTENDED,
+    attention,
+    block_size,
+    gradients_in_blocks,
+    in_blocks,
+    large_attention,
+)
 
 
 def normal(seed, *shape):
@@ -66,45 +76,139 @@ def plain_attention(q, k, v, valid):
     return np.einsum("bhnm,bhme->bhne", weights / weights.sum(-1, keepdims=True), v)
 
 
-def case(queries):
-    q, k, v = normal(0, 2, 3, queries, 4), normal(1, 2, 3, 7, 4), normal(2, 2, 3, 7, 5)
-    valid = np.random.default_rng(3).random((2, 3, 7)) < 0.6
+def case(queries, keys=7, batch=6):
+    q, k, v = normal(0, batch, queries, 4), normal(1, batch, keys, 4), normal(2, batch, keys, 5)
+    valid = np.random.default_rng(3).random((batch, keys)) < 0.6
     valid[..., 2] = True
     return q, k, v, valid
 
 
+def by_definition(q, k, v, valid):
+    """Attention and the logarithm of the sums, in float64."""
+    q, k, v = (np.asarray(x, float) for x in (q, k, v))
+    logits = np.where(valid[:, None], np.einsum("gnd,gmd->gnm", q, k), -np.inf)
+    sums = np.log(np.exp(logits).sum(-1))
+    return np.einsum("gnm,gme->gne", np.exp(logits - sums[..., None]), v), sums
+
+
+def gradients_by_definition(q, k, v, valid, out_bar):
+    """The same by differentiating the whole softmax."""
+
+    def run(q, k, v):
+        logits = jnp.where(valid[:, None], jnp.einsum("gnd,gmd->gnm", q, k), -jnp.inf)
+        return jnp.sum(out_bar * jnp.einsum("gnm,gme->gne", jax.nn.softmax(logits), v))
+
+    return jax.grad(run, argnums=(0, 1, 2))(q, k, v)
+
+
+def close(found, expected, tolerance=1e-5):
+    for one, other in zip(found, expected, strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-4, atol=tolerance)
+
+
 @pytest.mark.parametrize("size", [1, 8, 24])
-def test_blocks_of_queries_follow_the_definition(size):
+@pytest.mark.parametrize("masked", [False, True])
+def test_blocks_of_queries_follow_the_definition(size, masked):
     q, k, v, valid = case(24)
-    found = in_blocks(q, k, v, jnp.asarray(valid), size)
-    np.testing.assert_allclose(found, plain_attention(q, k, v, valid), rtol=1e-4, atol=1e-5)
-    everything = np.ones_like(valid)
-    found = in_blocks(q, k, v, None, size)
-    np.testing.assert_allclose(found, plain_attention(q, k, v, everything), rtol=1e-4, atol=1e-5)
+    valid = valid if masked else np.ones_like(valid)
+    on = jnp.asarray(valid) if masked else None
+    expected, sums = by_definition(q, k, v, valid)
+    close(in_blocks(q, k, v, on, size), (expected, sums))
+    out_bar = normal(4, 6, 24, 5)
+    shift = (expected * out_bar).sum(-1)
+    found = gradients_in_blocks(q, k, v, on, sums, shift, out_bar, size)
+    close(found, gradients_by_definition(q, k, v, valid, out_bar))
 
 
-def test_blocks_and_the_whole_have_the_same_gradient():
-    q, k, v, valid = case(24)
-    weight = normal(4, 2, 3, 24, 5)
+# Keys that fill their blocks and that do not; queries in one block and in several.
+@pytest.mark.parametrize(("queries", "keys"), [(128, 128), (256, 300), (384, 130)])
+def test_kernels_follow_the_definition(monkeypatch, queries, keys):
+    monkeypatch.setattr(attention_kernel, "QUERIES", 128)
+    monkeypatch.setattr(attention_kernel, "KEYS", 128)
+    q, k, v, valid = case(queries, keys, batch=2)
+    valid[1, :129] = False  # a whole block of keys that are off comes first
+    valid[1, 127] = True
+    expected, sums = by_definition(q, k, v, valid)
+    bias = jnp.where(valid, 0.0, -1e30)
+    close(attention_kernel.forward(q, k, v, bias, interpret=True), (expected, sums))
+    out_bar = normal(4, 2, queries, 5)
+    shift = jnp.asarray((expected * out_bar).sum(-1), jnp.float32)
+    sums = jnp.asarray(sums, jnp.float32)
+    found = attention_kernel.backward(q, k, v, bias, sums, shift, out_bar, interpret=True)
+    close(found, gradients_by_definition(q, k, v, valid, out_bar))
 
-    def gradients(run):
-        return jax.grad(lambda *a: jnp.sum(weight * run(*a)), argnums=(0, 1, 2))(q, k, v)
 
-    ours = gradients(lambda *a: in_blocks(*a, jnp.asarray(valid), 8))
-    whole = gradients(lambda *a: large_attention(*a, jnp.asarray(valid)))
-    for one, other in zip(ours, whole, strict=True):
-        np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-5)
+def test_kernels_sum_in_float32():
+    q, k = (jnp.asarray(normal(i, 1, 128, 8), jnp.bfloat16) for i in range(2))
+    ones = jnp.ones((1, 128, 8), jnp.bfloat16)
+    out, sums = attention_kernel.forward(q, k, ones, jnp.zeros((1, 128)), interpret=True)
+    assert out.dtype == jnp.bfloat16
+    assert sums.dtype == jnp.float32
+    np.testing.assert_allclose(np.asarray(out, np.float32), 1.0, atol=1e-2)
 
 
-def test_large_attention_works_in_blocks_beyond_its_limit(monkeypatch):
-    monkeypatch.setattr("sss_jax.models.attention.CPU_LOGITS", 1)
-    monkeypatch.setattr("sss_jax.models.attention.SMALLEST_BLOCK", 6)
-    q, k, v, valid = case(24)
-    run = jax.jit(lambda *a: large_attention(*a, jnp.asarray(valid)))
-    assert "while" in run.lower(q, k, v).as_text()
-    np.testing.assert_allclose(run(q, k, v), plain_attention(q, k, v, valid), rtol=1e-4, atol=1e-5)
-    batched = jax.vmap(lambda a: large_attention(a, k, v, jnp.asarray(valid)))(q[None])
-    np.testing.assert_allclose(batched[0], run(q, k, v), rtol=1e-5, atol=1e-6)
+def test_kernels_take_what_fits_their_memory():
+    assert attention_kernel.suits(4096, 256)  # memory attention at 1024 px
+    assert attention_kernel.suits(4096, 72)  # channels of a head of the trunk
+    assert not attention_kernel.suits(4000, 256)
+    assert not attention_kernel.suits(65536, 256)
+
+
+def test_blocks_of_keys_are_large_and_add_few_keys():
+    assert attention_kernel.block_of_keys(4096) == 1024
+    assert attention_kernel.block_of_keys(12336) == 896
+    assert attention_kernel.block_of_keys(100) == 128
+    for keys in range(1, 30000, 97):
+        size = attention_kernel.block_of_keys(keys)
+        assert size % 128 == 0
+        assert -keys % size < max(128, keys / 5)
+
+
+@pytest.mark.parametrize("heads", [1, 3])
+def test_large_attention_is_the_same_whole_and_streamed(monkeypatch, heads):
+    q, k, v = (x.reshape(2, 3, *x.shape[1:]) for x in case(24)[:3])
+    valid = case(24)[3].reshape(2, 3, -1)
+    q, k, v, valid = (x[:, :heads] for x in (q, k, v, valid))
+    weight = normal(4, 2, heads, 24, 5)
+
+    def run(q, k, v):
+        y = large_attention(q, k, v, jnp.asarray(valid))
+        return jnp.sum(weight * y), y
+
+    gradients = jax.grad(run, argnums=(0, 1, 2), has_aux=True)
+    expected, whole = gradients(q, k, v)
+    monkeypatch.setattr(module, "CPU_LOGITS", 1)
+    monkeypatch.setattr(module, "SMALLEST_BLOCK", 6)
+    found, streamed = jax.jit(gradients)(q, k, v)
+    assert "while" in jax.jit(gradients).lower(q, k, v).as_text()
+    close(found, expected)
+    np.testing.assert_allclose(whole, plain_attention(q, k, v, valid), rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(streamed, whole, rtol=1e-4, atol=1e-5)
+    batched = jax.vmap(lambda a: run(a, k, v)[1])(q[None])
+    np.testing.assert_allclose(batched[0], streamed, rtol=1e-5, atol=1e-6)
+
+
+def test_a_layer_that_keeps_the_attention_does_not_run_it_again(monkeypatch):
+    monkeypatch.setattr(module, "CPU_LOGITS", 1)
+    q, k, v = (jnp.asarray(x)[None] for x in case(24)[:3])
+
+    def count(policy):
+        layer = jax.checkpoint(large_attention, policy=policy)
+        return flops.count(jax.grad(lambda q: jnp.sum(jnp.sin(layer(q, k, v)))), q)
+
+    product = 2 * 6 * 24 * 7  # of one channel
+    forward, backward = product * (4 + 6), product * (3 * 4 + 2 * 5) + 2 * 6 * 24 * 5
+    names = jax.checkpoint_policies.save_only_these_names
+    assert count(names(ATTENDED)) == forward + backward
+    assert count(names("nothing")) == 2 * forward + backward
+
+
+def test_operations_of_the_model_leave_out_logits_that_are_computed_again(monkeypatch):
+    monkeypatch.setattr(module, "CPU_LOGITS", 1)
+    q, k, v = (jnp.asarray(x)[None] for x in case(24)[:3])
+    gradient = jax.grad(lambda q: large_attention(q, k, v).sum())
+    again = flops.count(gradient, q) - flops.count(gradient, q, again=False)
+    assert again == 2 * 6 * 24 * 7 * 4
 
 
 def test_blocks_divide_the_queries_and_respect_the_limit():

@@ -26,7 +26,10 @@ from sss_jax.train.guard import (
 
 # Finite numbers.
 
-jitted_apply = jax.jit(apply_if_finite)
+
+@jax.jit
+def jitted_apply(finite, new, old):
+    return apply_if_finite(finite, lambda: new, old)
 
 
 def test_apply_if_finite_selects_whole_trees_without_leaking_nan():
@@ -43,7 +46,7 @@ def test_a_nonfinite_gradient_leaves_the_parameters_as_they_were():
     def step(w, x):
         loss, gradient = jax.value_and_grad(lambda w: jnp.sum(jnp.sqrt(w * x)))(w)
         finite = jnp.isfinite(loss) & jnp.all(jnp.isfinite(gradient))
-        return apply_if_finite(finite, w - gradient, w), finite
+        return apply_if_finite(finite, lambda: w - gradient, w), finite
 
     w = jnp.array([1.0, 2.0])
     # The loss is finite and its gradient is not: the derivative of sqrt at 0.
