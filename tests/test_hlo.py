@@ -7,7 +7,8 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from sss_jax.hlo import Program, nbytes
+from sss_jax.hlo import Program
+from sss_jax.hlo_text import nbytes
 
 MESH = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
 SPLIT = NamedSharding(MESH, P("data"))
@@ -185,3 +186,44 @@ ENTRY %main (p0: bf16[8,128]) -> bf16[8,128] {
 """  # noqa: E501
     (cost,) = Program(call).costs()
     assert (cost.flops, cost.nbytes) == (235, 617)
+
+
+SLICES = """HloModule m
+
+%fused (p: f32[7,64], q: f32[64], r: f32[7,64], i: s32[]) -> (f32[7,64], f32[64]) {
+  %p = f32[7,64]{1,0} parameter(0)
+  %q = f32[64]{0} parameter(1)
+  %r = f32[7,64]{1,0} parameter(2)
+  %i = s32[] parameter(3)
+  %zero = s32[] constant(0)
+  %seen = f32[7,64]{1,0} bitcast(%r)
+  %slice = f32[1,64]{1,0} dynamic-slice(%seen, %i, %zero), dynamic_slice_sizes={1,64}
+  %row = f32[1,64]{1,0} bitcast(%q)
+  %updated = f32[7,64]{1,0} dynamic-update-slice(%p, %row, %i, %zero)
+  %sum = f32[64]{0} bitcast(%slice)
+  ROOT %both = (f32[7,64]{1,0}, f32[64]{0}) tuple(%updated, %sum)
+}
+
+ENTRY %main (p0: f32[7,64], p1: f32[64], p2: f32[7,64], p3: s32[]) -> (f32[7,64], f32[64]) {
+  %p0 = f32[7,64]{1,0} parameter(0)
+  %p1 = f32[64]{0} parameter(1)
+  %p2 = f32[7,64]{1,0} parameter(2)
+  %p3 = s32[] parameter(3)
+  ROOT %f = (f32[7,64]{1,0}, f32[64]{0}) fusion(%p0, %p1, %p2, %p3), kind=kLoop, calls=%fused
+}
+"""
+
+
+def test_of_what_is_sliced_or_updated_in_place_only_the_slice_moves():
+    row, index = 4 * 64, 4
+    (cost,) = Program(SLICES).costs()
+    # Read: the new row, the slice, the index. Written: the updated row, the copied slice.
+    assert cost.nbytes == 2 * row + index + 2 * row
+
+
+def test_a_parameter_that_is_also_read_whole_counts_whole():
+    text = SLICES.replace(
+        "%sum = f32[64]{0} bitcast(%slice)", "%sum = f32[64]{0} reduce(%r, %zero)"
+    )
+    (cost,) = Program(text).costs()
+    assert cost.nbytes == 4 * (64 + 7 * 64 + 1) + 2 * 4 * 64

@@ -1,0 +1,182 @@
+"""What one kernel of a compiled program takes: operations and bytes of main memory."""
+
+import math
+import re
+from collections.abc import Iterator, Mapping, Sequence
+
+from sss_jax.hlo_text import Instruction, dims_of, main_memory, nbytes
+
+Computations = Mapping[str, Sequence[Instruction]]
+
+_WINDOW = re.compile(r"window=\{([^}]*)\}")
+_DIMS = re.compile(r"dim_labels=(\w+)_(\w+)->(\w+)")
+_CONTRACTED = re.compile(r"lhs_contracting_dims=\{([\d,]*)\}")
+_NUMBER = re.compile(r"(\d+)\)")
+# What a kernel of our own says about itself; its body is not HLO.
+_SAID = re.compile(r'"cost_estimate":\{"flops":"(\d+)".*?"bytes_accessed":"(\d+)"')
+
+
+def cost(
+    instruction: Instruction, shapes: Mapping[str, str], computations: Computations
+) -> tuple[int, int]:
+    """Return operations and bytes of a kernel.
+
+    Args:
+        instruction: the kernel.
+        shapes: types of what stands in the same computation, by name.
+        computations: all computations of the program.
+    """
+    said = _SAID.search(instruction.rest)
+    if said:
+        return int(said.group(1)), int(said.group(2))
+    return (
+        _flops(instruction, shapes, computations),
+        _bytes(instruction, shapes, computations),
+    )
+
+
+def _flops(instruction: Instruction, shapes: Mapping[str, str], computations: Computations) -> int:
+    if instruction.opcode == "convolution":
+        return _of_convolution(instruction, shapes)
+    if instruction.opcode == "dot":
+        return _of_dot(instruction, shapes)
+    if instruction.opcode != "fusion":
+        return 0
+    total = 0
+    for name in instruction.called:
+        inner = computations.get(name, [])
+        inside = {i.name: i.shape for i in inner}
+        total += sum(_flops(i, inside, computations) for i in inner)
+    return total
+
+
+def _bytes(instruction: Instruction, shapes: Mapping[str, str], computations: Computations) -> int:
+    """Bytes read and written; of an array that is only sliced, or updated in place, the slice."""
+    operands = [shapes.get(operand, "") for operand in instruction.operands]
+    read = [main_memory(operand) for operand in operands]
+    written = main_memory(instruction.shape)
+    if instruction.opcode == "dynamic-slice":
+        return min(written, read[0]) + written
+    if instruction.opcode == "dynamic-update-slice":
+        return 2 * min(read[1], written)
+    if instruction.opcode == "fusion" and instruction.called:
+        inner = computations.get(instruction.called[0], [])
+        for number, part in _slices(inner).items():
+            read[number] = min(read[number], part)
+        written -= _not_written(inner, operands)
+    return sum(read) + max(written, 0)
+
+
+def _slices(inner: Sequence[Instruction]) -> dict[int, int]:
+    """Bytes read of those parameters of a fusion that it does not read whole."""
+    found = {}
+    for parameter in inner:
+        number = _NUMBER.match(parameter.rest)
+        if parameter.opcode != "parameter" or number is None:
+            continue
+        users = _users(inner, parameter)
+        if users and all(_takes_part_of(user, parameter, inner) for user in users):
+            cuts = {u.name: u.shape for u in users if u.opcode == "dynamic-slice"}
+            found[int(number.group(1))] = sum(nbytes(shape) for shape in cuts.values())
+    return found
+
+
+def _users(inner: Sequence[Instruction], made: Instruction) -> list[Instruction]:
+    """Who uses a result, seen through changes of its type that move nothing."""
+    users = [i for i in inner if made.name in i.operands]
+    return [
+        u for user in users for u in (_users(inner, user) if user.opcode == "bitcast" else [user])
+    ]
+
+
+def _takes_part_of(user: Instruction, parameter: Instruction, inner: Sequence[Instruction]) -> bool:
+    sliced = user.opcode in ("dynamic-slice", "dynamic-update-slice")
+    return sliced and _origin(inner, user.operands[0]) == parameter.name
+
+
+def _origin(inner: Sequence[Instruction], name: str) -> str:
+    """Name of what a chain of bitcasts begins with."""
+    lines = {i.name: i for i in inner}
+    while name in lines and lines[name].opcode == "bitcast":
+        name = lines[name].operands[0]
+    return name
+
+
+def _not_written(inner: Sequence[Instruction], operands: Sequence[str]) -> int:
+    """Bytes of results that a fusion leaves as they were: updates of its parameters in place."""
+    lines = {i.name: i for i in inner}
+    root = inner[-1] if inner else None
+    if root is None:
+        return 0
+    results = root.operands if root.opcode == "tuple" else [root.name]
+    total = 0
+    for name in results:
+        update = lines.get(_origin(inner, name))
+        if update is None or update.opcode != "dynamic-update-slice":
+            continue
+        whole = lines.get(_origin(inner, update.operands[0]))
+        number = _NUMBER.match(whole.rest) if whole and whole.opcode == "parameter" else None
+        if number and main_memory(operands[int(number.group(1))]):
+            part = lines.get(update.operands[1])
+            total += nbytes(update.shape) - (nbytes(part.shape) if part else 0)
+    return total
+
+
+def _of_convolution(instruction: Instruction, shapes: Mapping[str, str]) -> int:
+    """Each output sums over the window and the input channels of its group.
+
+    Zeros that a dilated input inserts are left out: products in batches are written that way too.
+    """
+    labels, window = _DIMS.search(instruction.rest), _WINDOW.search(instruction.rest)
+    if labels is None:
+        return 0
+    kernel = dims_of(shapes.get(instruction.operands[1], ""))
+    channels = kernel[labels.group(2).index("i")] if kernel else 0
+    sizes = dict(pair.split("=") for pair in window.group(1).split()) if window else {}
+    taps = math.prod(_taps(sizes, _places(instruction, shapes, labels)))
+    features = math.prod(dims_of(instruction.shape)) // math.prod(
+        out for _, out in _places(instruction, shapes, labels)
+    )
+    return 2 * features * taps * channels
+
+
+def _places(
+    instruction: Instruction, shapes: Mapping[str, str], labels: re.Match[str]
+) -> list[tuple[int, int]]:
+    """Input and output size along every spatial axis, in the order of the window."""
+    given, made = dims_of(shapes.get(instruction.operands[0], "")), dims_of(instruction.shape)
+    axes = sorted(letter for letter in labels.group(3) if letter.isdigit())
+    return [(given[labels.group(1).index(a)], made[labels.group(3).index(a)]) for a in axes]
+
+
+def _taps(sizes: dict[str, str], places: list[tuple[int, int]]) -> Iterator[int]:
+    """Along every axis, how often an element of the window meets one of the input.
+
+    What the window meets outside the input, or in the holes of a dilated one, is no operation:
+    products in batches, and those of vectors, are written as convolutions that are mostly that.
+    """
+    count = len(places)
+
+    def each(name: str, default: str) -> list[str]:
+        return sizes[name].split("x") if name in sizes else [default] * count
+
+    for i, (given, made) in enumerate(places):
+        size, stride = int(each("size", "1")[i]), int(each("stride", "1")[i])
+        hole, step = int(each("lhs_dilate", "1")[i]), int(each("rhs_dilate", "1")[i])
+        before = int(each("pad", "0_0")[i].split("_")[0])
+        reached = (given - 1) * hole
+        total = 0
+        for tap in range(size):
+            first = max(0, -((tap * step - before) // stride))
+            last = min(made - 1, (reached + before - tap * step) // stride)
+            total += max(0, last - first + 1)
+        yield total // hole
+
+
+def _of_dot(instruction: Instruction, shapes: Mapping[str, str]) -> int:
+    contracted = _CONTRACTED.search(instruction.rest)
+    left = dims_of(shapes.get(instruction.operands[0], ""))
+    if contracted is None or not left:
+        return 0
+    axes = [int(axis) for axis in contracted.group(1).split(",") if axis]
+    return 2 * math.prod(dims_of(instruction.shape)) * math.prod(left[axis] for axis in axes)
