@@ -143,6 +143,7 @@ def estimate(
     axes = sharding.axis_sizes(options.mesh, topology.devices)
     shards = topology.devices // options.mesh.context
     options = options if clips is None else with_clips(options, clips * shards)
+    options = _for_platform(options, tpu=topology.is_tpu)
     sharding.check_batches(options.train, shards, semi=options.semi.enabled)
     setup = set_up(options)
     plain = _counted(setup, options, name, topology, axes)
@@ -262,8 +263,19 @@ def _operations(setup: Setup, options: Options, *, again: bool = True) -> int:
     return flops.count(step, setup.state, batch_fields(options), key_shape(), again=again)
 
 
+def _for_platform(options: Options, *, tpu: bool) -> Options:
+    """Choose what is left to the platform as that of the topology, not of this machine, would."""
+    if options.model.kernels != "auto":
+        return options
+    model = dataclasses.replace(
+        options.model, kernels="on" if tpu and options.mesh.context == 1 else "off"
+    )
+    return dataclasses.replace(options, model=model)
+
+
 def _without_remat(options: Options) -> Options:
-    model = dataclasses.replace(options.model, remat=False)
+    # The kernels' operations include what they compute again.
+    model = dataclasses.replace(options.model, remat=False, kernels="off")
     memory = dataclasses.replace(options.memory, remat=False)
     dfe = dataclasses.replace(options.dfe, remat=False)
     return dataclasses.replace(options, model=model, memory=memory, dfe=dfe)

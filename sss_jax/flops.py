@@ -53,11 +53,9 @@ def _of_equation(equation: Any, again: bool) -> int:
     if name == "scan":
         return params["length"] * sum(within)
     if name == "cond":
-        platforms = params.get("branches_platforms") or ()
-        cpu = [
-            cost for cost, names in zip(within, platforms, strict=False) if "cpu" in (names or ())
-        ]
-        return max(cpu or within, default=0)
+        platforms = [names or ("cpu",) for names in params.get("branches_platforms") or ()]
+        cpu = [cost for cost, names in zip(within, platforms, strict=False) if "cpu" in names]
+        return cpu[0] if cpu else max(within, default=0)
     return _devices(name, params) * sum(within)
 
 

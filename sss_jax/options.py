@@ -40,6 +40,11 @@ class ModelOptions:
         choices=("nothing", "products"),
     )
     loop_blocks: bool = option(False, "equal layers as a loop, which compiles sooner")
+    kernels: str = option(
+        "auto",
+        "attention as kernels of our own, for TPUs; auto: there, where mesh.context is 1",
+        choices=("auto", "on", "off"),
+    )
     init: str = option("", "folder of converted SAM-2 weights to start from; empty: random")
     class_token_std: float = option(
         0.0, "initial spread of the class tokens; 0 leaves converted SAM-2 weights exact", low=0.0

@@ -89,3 +89,15 @@ def test_devices_add_up():
             lambda x: x @ SQUARE, mesh=mesh, in_specs=specs, out_specs=specs[0], check_vma=False
         )
         assert count(over, jnp.ones((8, 8))) == share * 2 * 8 * 8 * 8
+
+
+def test_code_that_differs_by_platform_counts_as_on_cpus():
+    def product(x):
+        return x @ SQUARE
+
+    def twice(x):
+        return x @ SQUARE @ SQUARE
+
+    by_platform = jax.lax.platform_dependent
+    assert count(lambda x: by_platform(x, tpu=twice, default=product), X) == count(product, X)
+    assert count(lambda x: by_platform(x, cpu=product, default=twice), X) == count(product, X)

@@ -36,9 +36,6 @@ SMALLEST_BLOCK = 64
 ATTENDED = "attended"
 """Name of the results of `large_attention`, for policies of what a recomputed layer keeps."""
 
-_Streamed = tuple[Array, Array]
-_Gradients = tuple[Array, Array, Array]
-
 _OFF = -1e30  # logit of a key that is switched off
 
 
@@ -63,79 +60,65 @@ def large_attention(
     k: Float[Array, "B H M D"],
     v: Float[Array, "B H M E"],
     valid: Bool[Array, "B H M"] | None = None,
+    *,
+    kernels: bool = False,
 ) -> Float[Array, "B H N E"]:
     """Attention of scaled queries to many keys, with float32 softmax and bounded memory.
 
-    Beyond CPU_LOGITS it is streamed. `valid` is as in `attention`.
+    Beyond CPU_LOGITS it is streamed, with `kernels` by those that only TPUs run. `valid` is as in
+    `attention`.
     """
     if math.prod(k.shape[:3]) * q.shape[2] <= CPU_LOGITS:
         return checkpoint_name(_whole(q, k, v, valid), ATTENDED)
     *batch, count, _ = q.shape
     merge = functools.partial(_merge_batch, batch=len(batch))
     on = None if valid is None else merge(valid)
-    out = _streamed(merge(q), merge(k), merge(v), on)
+    kernels = kernels and attention_kernel.suits(count, q.shape[-1])
+    out = _streamed(merge(q), merge(k), merge(v), on, kernels)
     return out.reshape(*batch, count, v.shape[-1])
 
 
-@jax.custom_vjp
-def _streamed(q: Array, k: Array, v: Array, valid: Array | None) -> Array:
-    return _streamed_forward(q, k, v, valid)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+def _streamed(q: Array, k: Array, v: Array, valid: Array | None, kernels: bool) -> Array:
+    return _streamed_forward(q, k, v, valid, kernels)[0]
 
 
 def _streamed_forward(
-    q: Array, k: Array, v: Array, valid: Array | None
+    q: Array, k: Array, v: Array, valid: Array | None, kernels: bool
 ) -> tuple[Array, tuple[Array | None, ...]]:
-    by_loop = _within(in_blocks, q, k)
-    kernel = (
-        _kernel_forward if attention_kernel.suits(*q.shape[1:]) else by_loop(ACCELERATOR_LOGITS)
-    )
-    out, sums = jax.lax.platform_dependent(
-        q, k, v, valid, tpu=kernel, cpu=by_loop(CPU_LOGITS), default=by_loop(ACCELERATOR_LOGITS)
-    )
+    if kernels:
+        out, sums = attention_kernel.forward(q, k, v, _bias(k, valid))
+    else:
+        out, sums = _by_platform(in_blocks, q, k, v, valid)
     # Named here, so that a layer which keeps the result keeps what its backward pass needs.
     out, sums = checkpoint_name(out, ATTENDED), checkpoint_name(sums, ATTENDED)
     return out, (q, k, v, valid, out, sums)
 
 
 def _streamed_backward(
-    kept: tuple[Array, Array, Array, Array | None, Array, Array], out_bar: Array
+    kernels: bool, kept: tuple[Array, Array, Array, Array | None, Array, Array], out_bar: Array
 ) -> tuple[Array, Array, Array, None]:
     q, k, v, valid, out, sums = kept
     shift = jnp.einsum("gne,gne->gn", out, out_bar, preferred_element_type=jnp.float32)
-    by_loop = _within(gradients_in_blocks, q, k)
-    kernel = (
-        _kernel_backward if attention_kernel.suits(*q.shape[1:]) else by_loop(ACCELERATOR_LOGITS)
-    )
-    gradients = jax.lax.platform_dependent(
-        *(q, k, v, valid, sums, shift, out_bar),
-        tpu=kernel,
-        cpu=by_loop(CPU_LOGITS),
-        default=by_loop(ACCELERATOR_LOGITS),
-    )
-    return *gradients, None
+    others = (sums, shift, out_bar)
+    if kernels:
+        bars = attention_kernel.backward(q, k, v, _bias(k, valid), *others)
+    else:
+        bars = _by_platform(gradients_in_blocks, q, k, v, valid, *others)
+    return *bars, None
 
 
 _streamed.defvjp(_streamed_forward, _streamed_backward)
 
 
-def _within(loop: Callable[..., Any], q: Array, k: Array) -> Callable[[int], Callable[..., Any]]:
-    """The loop over blocks of queries, by how many logits it may hold."""
-
-    def limited(limit: int) -> Callable[..., Any]:
-        size = block_size(q.shape[1], k.shape[0] * k.shape[1], limit)
-        return functools.partial(loop, size=size)
-
-    return limited
-
-
-def _kernel_forward(q: Array, k: Array, v: Array, valid: Array | None) -> _Streamed:
-    return attention_kernel.forward(q, k, v, _bias(k, valid))
-
-
-def _kernel_backward(
-    q: Array, k: Array, v: Array, valid: Array | None, sums: Array, shift: Array, out_bar: Array
-) -> _Gradients:
-    return attention_kernel.backward(q, k, v, _bias(k, valid), sums, shift, out_bar)
+def _by_platform(loop: Callable[..., Any], q: Array, k: Array, *others: Array | None) -> Any:
+    """Run a loop over blocks of queries whose logits the platform can hold."""
+    sizes = (
+        block_size(q.shape[1], k.shape[0] * k.shape[1], limit)
+        for limit in (CPU_LOGITS, ACCELERATOR_LOGITS)
+    )
+    cpu, default = (functools.partial(loop, size=size) for size in sizes)
+    return jax.lax.platform_dependent(q, k, *others, cpu=cpu, default=default)
 
 
 def _bias(k: Array, valid: Array | None) -> Array:

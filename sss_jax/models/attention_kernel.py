@@ -30,10 +30,11 @@ KEYS = 1024
 CORE_MEMORY = 48 * 2**20
 """Bytes of a core's memory that a kernel may take; the smallest of the chips has 64 MiB."""
 
+OFF = -1e30  # added to the logit of a key that is switched off
+NN = (((1,), (0,)), ((), ()))  # x @ y
+NT = (((1,), (1,)), ((), ()))  # x @ y.T
+TN = (((0,), (0,)), ((), ()))  # x.T @ y
 _PER_BLOCK = 64  # what a block costs beside its products, as keys
-_OFF = -1e30
-_NT = (((1,), (1,)), ((), ()))  # x @ y.T
-_TN = (((0,), (0,)), ((), ()))  # x.T @ y
 
 
 def suits(queries: int, channels: int) -> bool:
@@ -112,14 +113,12 @@ def _forward(
         sum_ref[...] = jnp.zeros_like(sum_ref)
         total_ref[...] = jnp.zeros_like(total_ref)
 
-    logits = _product(q_ref[0], k_ref[0], _NT) + bias_ref[0]
+    logits = product(q_ref[0], k_ref[0], NT) + bias_ref[0]
     before = top_ref[:, :1]
     top = jnp.maximum(before, logits.max(axis=1, keepdims=True))
     weights, fade = jnp.exp(logits - top), jnp.exp(before - top)
     sums = sum_ref[:, :1] * fade + weights.sum(axis=1, keepdims=True)
-    total_ref[...] = total_ref[...] * fade + jnp.dot(
-        weights.astype(v_ref.dtype), v_ref[0], preferred_element_type=jnp.float32
-    )
+    total_ref[...] = total_ref[...] * fade + product(weights.astype(v_ref.dtype), v_ref[0], NN)
     top_ref[...] = jnp.broadcast_to(top, top_ref.shape)
     sum_ref[...] = jnp.broadcast_to(sums, sum_ref.shape)
 
@@ -211,13 +210,13 @@ def _backward(
         bias_column_ref[...] = rows.T
 
     q, k, v, out_bar = q_ref[0], k_ref[0], v_ref[0], out_bar_ref[0]
-    logits = _product(k, q, _NT) + bias_column_ref[:, :1]
+    logits = product(k, q, NT) + bias_column_ref[:, :1]
     weights = jnp.exp(logits - lse_ref[0])
-    v_sum_ref[...] += jnp.dot(weights.astype(v.dtype), out_bar, preferred_element_type=jnp.float32)
-    logits_bar = (weights * (_product(v, out_bar, _NT) - shift_ref[0])).astype(q.dtype)
-    k_sum_ref[...] += jnp.dot(logits_bar, q, preferred_element_type=jnp.float32)
+    v_sum_ref[...] += product(weights.astype(v.dtype), out_bar, NN)
+    logits_bar = (weights * (product(v, out_bar, NT) - shift_ref[0])).astype(q.dtype)
+    k_sum_ref[...] += product(logits_bar, q, NN)
     here = pl.ds(pl.multiple_of(i * q.shape[0], q.shape[0]), q.shape[0])
-    part = _product(logits_bar, k, _TN)
+    part = product(logits_bar, k, TN)
 
     @pl.when(j == 0)
     def _() -> None:
@@ -237,8 +236,14 @@ def _backward(
         q_bar_ref[0, here] = q_sum_ref[here].astype(q_bar_ref.dtype)
 
 
-def _product(x: Array, y: Array, dims: jax.lax.DotDimensionNumbers) -> Array:
-    return jax.lax.dot_general(x, y, dims, preferred_element_type=jnp.float32)
+def product(x: Array, y: Array, dims: jax.lax.DotDimensionNumbers) -> Array:
+    """Product of two matrices, summed in float32.
+
+    A compiler that is asked for more than bfloat16 numbers hold refuses; float32 numbers are
+    multiplied as `jax_default_matmul_precision` says.
+    """
+    exact = jax.lax.Precision.DEFAULT if x.dtype == jnp.bfloat16 else None
+    return jax.lax.dot_general(x, y, dims, precision=exact, preferred_element_type=jnp.float32)
 
 
 def _whole_blocks(k: Array, v: Array, bias: Array) -> tuple[Array, Array, Array, int]:
@@ -246,7 +251,7 @@ def _whole_blocks(k: Array, v: Array, bias: Array) -> tuple[Array, Array, Array,
     keys = block_of_keys(k.shape[1])
     missing = -k.shape[1] % keys
     pad = functools.partial(jnp.pad, pad_width=((0, 0), (0, missing), (0, 0)))
-    return pad(k), pad(v), jnp.pad(bias, ((0, 0), (0, missing)), constant_values=_OFF), keys
+    return pad(k), pad(v), jnp.pad(bias, ((0, 0), (0, missing)), constant_values=OFF), keys
 
 
 def block_of_keys(keys: int) -> int:

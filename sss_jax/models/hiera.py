@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from sss_jax.axes import Array, Float
-from sss_jax.models import layers, position, repeats
+from sss_jax.models import layers, position, repeats, window_kernel
 from sss_jax.models.attention import attention, large_attention
 from sss_jax.models.initial import initialiser
 from sss_jax.models.presets import Sam2Config
@@ -56,6 +56,7 @@ class WindowAttention(nn.Module):
         window: side of a window; 0: the whole map.
         pool: pool the queries.
         dtype: computation type.
+        kernels: attend by the kernels that only TPUs run.
     """
 
     width: int
@@ -63,56 +64,81 @@ class WindowAttention(nn.Module):
     window: int
     pool: bool
     dtype: jnp.dtype
+    kernels: bool = False
 
     @nn.compact
     def __call__(self, x_BHWC: Float[Array, "B H W C"]) -> Float[Array, "B h w E"]:
         """Attend; with `pool`, the sides are halved."""
-        _, height, width, _ = x_BHWC.shape
-        # Padding before the bias is added equals padding the input, without projecting zeros.
-        qkv = PaddedDense(3 * self.width, self.window, self.dtype, name="qkv")(x_BHWC)
+        x = x_BHWC.astype(self.dtype)
+        kernel, bias = Projection(3 * self.width, self.dtype, name="qkv")(x.shape[-1])
+        shape = (self.window, self.heads, self.pool)
+        if self.window and self.kernels:
+            y = _attend_in_kernel(x, kernel, bias, *shape)
+        else:
+            y = _attend(x, kernel, bias, *shape, self.kernels)
         if self.window:
-            qkv = layers.window_partition(qkv, self.window)
-        q, k, v = jnp.split(qkv, 3, axis=-1)
-        if self.pool:
-            q = layers.max_pool(q)
-            height, width = height // 2, width // 2
-        n, h, w, _ = q.shape
-        q, k, v = (layers.split_heads(a.reshape(n, -1, self.width), self.heads) for a in (q, k, v))
-        look = attention if self.window else _attend_everywhere
-        y = layers.merge_heads(look(q, k, v)).reshape(n, h, w, self.width)
-        if self.window:
-            y = layers.window_merge(y, height, width)
+            half = 2 if self.pool else 1
+            y = layers.window_merge(y, x.shape[1] // half, x.shape[2] // half)
         return layers.Dense(self.width, self.dtype, name="proj")(y)
 
 
-def _attend_everywhere(q: Array, k: Array, v: Array) -> Array:
-    q, k, v = (jnp.swapaxes(x, 1, 2) for x in (q * q.shape[-1] ** -0.5, k, v))
-    return jnp.swapaxes(large_attention(q, k, v), 1, 2)
-
-
-class PaddedDense(nn.Module):
-    """Linear layer whose output is padded to whole windows as if the input had been.
+class Projection(nn.Module):
+    """Parameters of a linear layer that is applied elsewhere.
 
     Attributes:
         features: output channels.
-        window: side of a window; 0: no padding.
         dtype: computation type.
     """
 
     features: int
-    window: int
     dtype: jnp.dtype
 
     @nn.compact
-    def __call__(self, x_BHWC: Float[Array, "B H W C"]) -> Float[Array, "B Hp Wp E"]:
-        """Project, pad with zeros, add the bias."""
-        shape = (x_BHWC.shape[-1], self.features)
-        kernel = self.param("kernel", initialiser("kernel"), shape).astype(self.dtype)
-        bias = self.param("bias", initialiser("bias"), shape[1:]).astype(self.dtype)
-        y = layers.linear(x_BHWC.astype(self.dtype), kernel)
-        if self.window:
-            y = layers.pad_to_windows(y, self.window)
-        return layers.add_bias(y, bias)
+    def __call__(self, channels: int) -> tuple[Float[Array, "C E"], Float[Array, " E"]]:
+        """Return kernel and bias for this many input channels."""
+        kernel = self.param("kernel", initialiser("kernel"), (channels, self.features))
+        bias = self.param("bias", initialiser("bias"), (self.features,))
+        return kernel.astype(self.dtype), bias.astype(self.dtype)
+
+
+def _attend(
+    x_BHWC: Array, kernel: Array, bias: Array, window: int, heads: int, pool: bool, kernels: bool
+) -> Array:
+    """Project and attend, inside windows that become the batch, or everywhere (window 0)."""
+    qkv = layers.linear(x_BHWC, kernel)
+    if window:
+        # Padding before the bias is added equals padding the input, without projecting zeros.
+        qkv = layers.pad_to_windows(qkv, window)
+    qkv = layers.add_bias(qkv, bias)
+    if window:
+        qkv = layers.window_partition(qkv, window)
+    q, k, v = jnp.split(qkv, 3, axis=-1)
+    q = layers.max_pool(q) if pool else q
+    n, h, w, width = q.shape
+    q, k, v = (layers.split_heads(a.reshape(n, -1, width), heads) for a in (q, k, v))
+    y = attention(q, k, v) if window else _attend_everywhere(q, k, v, kernels)
+    return layers.merge_heads(y).reshape(n, h, w, width)
+
+
+def _attend_in_kernel(
+    x_BHWC: Array, kernel: Array, bias: Array, window: int, heads: int, pool: bool
+) -> Array:
+    """The same for TPUs, which main memory binds: the narrow input is cut into windows."""
+    x = layers.window_partition(layers.pad_to_windows(x_BHWC, window), window)
+    width = bias.size // 3
+    q, kv = (
+        layers.linear(x, kernel[:, part]) + bias[part].reshape(1, 1, 1, -1)
+        for part in (slice(width), slice(width, None))
+    )
+    q = layers.max_pool(q) if pool else q
+    n, h, w, _ = q.shape
+    y = window_kernel.attend(q.reshape(n, h * w, -1), kv.reshape(n, window**2, -1), heads)
+    return y.reshape(n, h, w, width)
+
+
+def _attend_everywhere(q: Array, k: Array, v: Array, kernels: bool) -> Array:
+    q, k, v = (jnp.swapaxes(x, 1, 2) for x in (q * q.shape[-1] ** -0.5, k, v))
+    return jnp.swapaxes(large_attention(q, k, v, kernels=kernels), 1, 2)
 
 
 class Block(nn.Module):
@@ -125,6 +151,7 @@ class Block(nn.Module):
         pool: halve the resolution.
         mlp_ratio: hidden width over width.
         dtype: computation type.
+        kernels: as for `WindowAttention`.
     """
 
     width: int
@@ -133,6 +160,7 @@ class Block(nn.Module):
     pool: bool
     mlp_ratio: int
     dtype: jnp.dtype
+    kernels: bool = False
 
     @nn.compact
     def __call__(self, x_BHWC: Float[Array, "B H W C"]) -> Float[Array, "B h w E"]:
@@ -143,9 +171,8 @@ class Block(nn.Module):
             # A stage's first block projects the *normalised* tokens, unlike a plain residual.
             shortcut = layers.Dense(self.width, self.dtype, name="proj")(x)
             shortcut = layers.max_pool(shortcut) if self.pool else shortcut
-        attend = WindowAttention(
-            self.width, self.heads, self.window, self.pool, self.dtype, name="attn"
-        )
+        shape = (self.width, self.heads, self.window, self.pool, self.dtype, self.kernels)
+        attend = WindowAttention(*shape, name="attn")
         x = shortcut + attend(x)
         y = layers.LayerNorm(self.dtype, name="norm2")(x)
         hidden = (self.mlp_ratio * self.width, self.width)
@@ -214,7 +241,7 @@ class Hiera(nn.Module):
 
     def _plain(self, i: int, x: Array) -> Array:
         c = self.config
-        shape = (*block_table(c)[i], c.mlp_ratio, c.compute_dtype)
+        shape = (*block_table(c)[i], *self._common())
         if c.remat and not self.is_initializing():
             params = self.variables["params"][f"blocks_{i}"]
             policy = _KEEPS[c.remat_keeps]
@@ -224,9 +251,13 @@ class Hiera(nn.Module):
     def _repeated(self, run: repeats.Run, x: Array) -> Array:
         c = self.config
         shapes = block_table(c)[run.first : run.first + run.period]
-        group = [Block(*shape, c.mlp_ratio, c.compute_dtype, parent=None) for shape in shapes]
+        group = [Block(*shape, *self._common(), parent=None) for shape in shapes]
         params = [self.variables["params"][f"blocks_{i}"] for i in range(run.first, run.end)]
         return repeats.loop(group, params, x, remat=c.remat, policy=_KEEPS[c.remat_keeps])
+
+    def _common(self) -> tuple[int, jnp.dtype, bool]:
+        """What is the same for all blocks."""
+        return self.config.mlp_ratio, self.config.compute_dtype, self.config.kernels
 
     def _position(self, height: int, width: int) -> Array:
         c = self.config

@@ -80,10 +80,12 @@ class RotaryAttention(nn.Module):
     Attributes:
         width: D, channels of the features.
         dtype: computation type.
+        kernels: attend by the kernels that only TPUs run.
     """
 
     width: int
     dtype: jnp.dtype
+    kernels: bool = False
 
     @nn.compact
     def __call__(
@@ -104,7 +106,8 @@ class RotaryAttention(nn.Module):
         q = position.rotate(q, table)
         q = jnp.broadcast_to(q, (*k.shape[:2], *q.shape[2:]))
         k = _rotate_keys(k, table, k.shape[2] if rotated is None else rotated)
-        y = large_attention(q * self.width**-0.5, k, v.astype(self.dtype), valid)
+        q, v = q * self.width**-0.5, v.astype(self.dtype)
+        y = large_attention(q, k, v, valid, kernels=self.kernels)
         y = layers.Dense(self.width, self.dtype, name="v_proj")(y)
         return layers.Dense(self.width, self.dtype, name="out_proj")(y)
 
@@ -138,9 +141,12 @@ class MemoryAttentionLayer(nn.Module):
         def norm(name: str) -> layers.LayerNorm:
             return layers.LayerNorm(dtype, EPSILON, name=name)
 
+        def attend(name: str) -> RotaryAttention:
+            return RotaryAttention(c.width, dtype, c.kernels, name=name)
+
         y = norm("norm1")(x)
-        x = x + RotaryAttention(c.width, dtype, name="self_attn")(y, y, y, table)
-        look = RotaryAttention(c.width, dtype, name="cross_attn_image")(
+        x = x + attend("self_attn")(y, y, y, table)
+        look = attend("cross_attn_image")(
             norm("norm2")(x),
             memory.key_BKNM,
             memory.value_BKNM,

@@ -19,6 +19,7 @@ class Sam2Config:
         remat: recompute the activations of every trunk block in the backward pass.
         remat_keeps: what is kept of a block all the same: "nothing", or the results of "products".
         loop_blocks: equal layers as a loop, which compiles sooner.
+        kernels: attention as kernels that only TPUs run.
         stem_kernel: side of the patch convolution.
         stem_stride: its stride, which is the stride of the finest level.
         embed_dim: width of stage 1; every later stage doubles it.
@@ -54,6 +55,7 @@ class Sam2Config:
     remat: bool = False
     remat_keeps: str = "nothing"
     loop_blocks: bool = False
+    kernels: bool = False
 
     stem_kernel: int = 7
     stem_stride: int = 4
@@ -166,6 +168,7 @@ def preset(
     *,
     remat_keeps: str = "nothing",
     loop_blocks: bool = False,
+    kernels: bool = False,
     version: str = "2.1",
     memory: bool = True,
 ) -> Sam2Config:
@@ -185,6 +188,7 @@ def preset(
         remat=remat,
         remat_keeps=remat_keeps,
         loop_blocks=loop_blocks,
+        kernels=kernels,
         version=version,
         memory=memory,
         **_PRESETS[name],

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from sss_jax.axes import Array, Bool, Float, Int, Key, PyTree
+from sss_jax.errors import ConfigError
 from sss_jax.models.coarse_head import CoarseHead
 from sss_jax.models.image_encoder import Features, normalise_image
 from sss_jax.models.initial import draw_all, initialiser
@@ -190,9 +191,27 @@ def build_model(options: Options) -> SSSModel:
         model.remat,
         remat_keeps=model.remat_keeps,
         loop_blocks=model.loop_blocks,
+        kernels=with_kernels(options),
         memory=memory,
     )
     return SSSModel(config, model.num_classes, model.class_token_std)
+
+
+def with_kernels(options: Options) -> bool:
+    """Whether attention is computed by the TPU kernels.
+
+    Raises:
+        ConfigError: they are asked for where images are cut over devices.
+    """
+    cut = options.mesh.context > 1
+    if options.model.kernels == "on" and cut:
+        raise ConfigError(
+            "model.kernels=on: a kernel takes whole images, and "
+            f"mesh.context={options.mesh.context} cuts their rows; set one of them back"
+        )
+    if options.model.kernels == "auto":
+        return jax.default_backend() == "tpu" and not cut
+    return options.model.kernels == "on"
 
 
 def init_params(model: SSSModel, key: Key[Array, ""]) -> PyTree:

@@ -1,5 +1,7 @@
 """Attention against its definition: at once, in blocks, in TPU kernels, with keys switched off."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -201,6 +203,24 @@ def test_a_layer_that_keeps_the_attention_does_not_run_it_again(monkeypatch):
     names = jax.checkpoint_policies.save_only_these_names
     assert count(names(ATTENDED)) == forward + backward
     assert count(names("nothing")) == 2 * forward + backward
+
+
+def test_with_kernels_the_same_is_computed(monkeypatch):
+    """The kernels run interpreted here; what calls them, and what they keep, is the TPU's."""
+    monkeypatch.setattr(module, "CPU_LOGITS", 1)
+    for name in ("forward", "backward"):
+        run = functools.partial(getattr(attention_kernel, name), interpret=True)
+        monkeypatch.setattr(attention_kernel, name, run)
+    q, k, v, valid = (jnp.asarray(x)[None] for x in case(128, 9, batch=2))
+
+    def gradients(kernels):
+        run = lambda *a: jnp.sum(jnp.sin(large_attention(*a, valid, kernels=kernels)))  # noqa: E731
+        return jax.value_and_grad(run, argnums=(0, 1, 2))(q, k, v)
+
+    (found, bars), (expected, by_loop) = gradients(True), gradients(False)
+    np.testing.assert_allclose(found, expected, rtol=1e-5)
+    close(bars, by_loop)
+    close(gradients(True)[1], jax.jit(lambda: gradients(True)[1])())
 
 
 def test_operations_of_the_model_leave_out_logits_that_are_computed_again(monkeypatch):

@@ -7,11 +7,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from sss_jax import config
 from sss_jax.errors import ConfigError
 from sss_jax.models.image_encoder import normalise_image
 from sss_jax.models.initial import rule
 from sss_jax.models.prompt_encoder import MaskPrompts, no_prompts
-from sss_jax.models.sss import SSSModel, build_model, init_params
+from sss_jax.models.sss import SSSModel, build_model, init_params, with_kernels
 from sss_jax.options import MemoryOptions, ModelOptions, Options
 
 OPTIONS = Options(
@@ -181,3 +182,14 @@ def test_build_model_follows_the_options():
 def test_build_model_refuses_an_unfit_size():
     with pytest.raises(ConfigError, match="multiple of 32"):
         build_model(Options(model=ModelOptions(preset="tiny", image_size=100)))
+
+
+def test_kernels_are_for_tpus_and_whole_images():
+    def found(*changes):
+        return with_kernels(config.load("acdc:sss", list(changes)))
+
+    assert not found()
+    assert found("model.kernels=on")
+    assert not found("model.kernels=off")
+    with pytest.raises(ConfigError, match=r"mesh\.context=2 cuts their rows"):
+        found("model.kernels=on", "mesh.context=2")
