@@ -106,6 +106,7 @@ class Estimate:
     parts: tuple[dict[str, Any], ...] = ()
     host_calls: tuple[str, ...] = ()
     types: tuple[str, ...] = ()
+    products: tuple[dict[str, Any], ...] = ()
     projection: Projection | None = None
 
     def to_json(self) -> dict[str, Any]:
@@ -318,8 +319,19 @@ def _read(plain: Estimate, compiled: Any, topology: Topology) -> Estimate:
         parts=tuple(roofline.by_part(costs, topology)),
         host_calls=tuple(program.host_calls()),
         types=tuple(sorted(program.types())),
+        products=tuple(_shares(program.products())),
         projection=_project(plain, costs, collectives, topology),
     )
+
+
+def _shares(products: dict[tuple[str, str], int]) -> list[dict[str, Any]]:
+    """Products by what they multiply, largest share first."""
+    total = sum(products.values()) or 1
+    rows = [
+        {"types": types, "precision": precision, "share": flops / total}
+        for (types, precision), flops in products.items()
+    ]
+    return sorted(rows, key=lambda row: -row["share"])
 
 
 def _project(
@@ -372,7 +384,12 @@ def render(found: Estimate) -> str:
         f"at peak {time_.compute * 1e3:.1f}, all bytes {time_.memory * 1e3:.1f}), "
         f"MFU {time_.mfu:.0%}, {time_.slices_per_s:.0f} slices/s"
     )
-    lines += [f"host calls: {', '.join(found.host_calls) or 'none'}", "", "exchanges per device:"]
+    lines.append(f"host calls: {', '.join(found.host_calls) or 'none'}")
+    lines += [
+        f"products of {row['types']}, {row['precision']} precision: {row['share']:.2%}"
+        for row in found.products
+    ]
+    lines += ["", "exchanges per device:"]
     lines += [
         f"  {row['kind']:<18} {row['part']:<18} {row['number']:>5} x, "
         f"{row['bytes'] / 2**20:10.3f} MiB{'' if row['exact'] else ' per turn'}"

@@ -5,6 +5,7 @@ final: in the optimised module. A loop's body stands in the text once and runs m
 XLA knows how often, its collectives are counted that often.
 """
 
+import collections
 import re
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -130,6 +131,21 @@ class Program:
                     cost = hlo_kernels.cost(instruction, shapes, self._computations)
                     found.append(Cost(instruction.source, *cost, part.times, part.exact))
         return found
+
+    def products(self) -> dict[tuple[str, str], int]:
+        """Return operations of products and convolutions by types of operands and precision.
+
+        A kernel of our own counts under its first two operands, at the default precision.
+        """
+        found: dict[tuple[str, str], int] = collections.defaultdict(int)
+        for part in self._parts(self._entry):
+            shapes = {i.name: i.shape for i in part.instructions}
+            for instruction in part.instructions:
+                if instruction.opcode != "fusion" and (
+                    flops := hlo_kernels.cost(instruction, shapes, self._computations)[0]
+                ):
+                    found[hlo_kernels.precision(instruction, shapes)] += flops * part.times
+        return dict(found)
 
     def host_calls(self) -> list[str]:
         """Return what leaves the device in the middle of the program, by name."""

@@ -4,7 +4,7 @@ import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 
-from sss_jax.hlo_text import Instruction, dims_of, main_memory, nbytes
+from sss_jax.hlo_text import Instruction, arrays_of, dims_of, main_memory, nbytes
 
 Computations = Mapping[str, Sequence[Instruction]]
 
@@ -12,6 +12,8 @@ _WINDOW = re.compile(r"window=\{([^}]*)\}")
 _DIMS = re.compile(r"dim_labels=(\w+)_(\w+)->(\w+)")
 _CONTRACTED = re.compile(r"lhs_contracting_dims=\{([\d,]*)\}")
 _NUMBER = re.compile(r"(\d+)\)")
+_PRECISION = re.compile(r"operand_precision=\{([\w,]+)\}")
+_RISING = ("default", "high", "highest")
 # What a kernel of our own says about itself; its body is not HLO.
 _SAID = re.compile(r'"cost_estimate":\{"flops":"(\d+)".*?"bytes_accessed":"(\d+)"')
 
@@ -33,6 +35,14 @@ def cost(
         _flops(instruction, shapes, computations),
         _bytes(instruction, shapes, computations),
     )
+
+
+def precision(instruction: Instruction, shapes: Mapping[str, str]) -> tuple[str, str]:
+    """Return the types that a product multiplies, such as `bf16 x bf16`, and its precision."""
+    operands = [arrays_of(shapes.get(name, "")) for name in instruction.operands[:2]]
+    types = " x ".join(arrays[0][0] if arrays else "?" for arrays in operands)
+    asked = _PRECISION.search(instruction.rest)
+    return types, max(asked.group(1).split(","), key=_RISING.index) if asked else "default"
 
 
 def _flops(instruction: Instruction, shapes: Mapping[str, str], computations: Computations) -> int:

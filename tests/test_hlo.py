@@ -227,3 +227,31 @@ def test_a_parameter_that_is_also_read_whole_counts_whole():
     )
     (cost,) = Program(text).costs()
     assert cost.nbytes == 4 * (64 + 7 * 64 + 1) + 2 * 4 * 64
+
+
+def test_products_by_what_they_multiply():
+    def step(x, y, z):
+        def turn(carry, _):
+            return jnp.matmul(carry, y, precision="default").astype(jnp.bfloat16), None
+
+        low, _ = jax.lax.scan(turn, x, None, length=5)
+        return low, jnp.matmul(z, z, precision="highest")
+
+    low, high = jnp.ones((8, 8), jnp.bfloat16), jnp.ones((4, 4))
+    text = jax.jit(step).lower(low, low, high).compile().as_text()
+    found = Program(text).products()
+    assert found[("f32 x f32", "highest")] == 2 * 4**3
+    # CPUs widen bfloat16 before they multiply; TPUs do not.
+    assert sum(found.values()) == 2 * 4**3 + 5 * 2 * 8**3
+
+
+def test_one_precise_operand_makes_a_product_precise():
+    text = """HloModule m
+
+ENTRY %main (p0: bf16[8,4], p1: f32[4,2]) -> f32[8,2] {
+  %p0 = bf16[8,4]{1,0} parameter(0)
+  %p1 = f32[4,2]{1,0} parameter(1)
+  ROOT %d = f32[8,2]{1,0} dot(%p0, %p1), lhs_contracting_dims={1}, rhs_contracting_dims={0}, operand_precision={default,highest}
+}
+"""  # noqa: E501
+    assert Program(text).products() == {("bf16 x f32", "highest"): 2 * 8 * 4 * 2}
