@@ -2,6 +2,7 @@
 
     python -m sss_jax.benchmarks.scaling -o FILE
 
+Rows that FILE holds already are not measured again.
 Devices are virtual ones of this CPU. The global batch stays the same, so the losses must too. Rows
 of `drivers`: the step under `pmap`, over a mesh, and with parameters cut (`fsdp`). Rows of
 `processes`: `sss-jax train` on synthetic volumes, one process or several on loopback. Times say how
@@ -40,6 +41,7 @@ WAYS = ("pmap", "data", "fsdp")
 SMALL = (
     "model.image_size=32",
     "data.clip_slices=2",
+    "model.loop_blocks=true",
     "train.labelled_batch=8",
     "train.unlabelled_batch=8",
 )
@@ -57,22 +59,44 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     jax.config.update("jax_num_cpu_devices", MOST)
     changes = [*SMALL, *args.set]
-    rows = []
+    rows = earlier(args.output, args.config, changes)
     for row in itertools.chain(
-        drivers(config.load(args.config, changes), args.devices, args.steps),
-        processes(args.config, changes, args.processes, args.steps),
+        drivers(config.load(args.config, changes), args.devices, args.steps, rows),
+        processes(args.config, changes, args.processes, args.steps, rows),
     ):
         print(json.dumps(row), file=sys.stderr, flush=True)
         rows.append(row)
+        if args.output:
+            result.write(args.output, "scaling", rows, config=args.config, settings=changes)
     print(render(rows))
-    if args.output:
-        result.write(args.output, "scaling", rows, config=args.config, settings=changes)
     return 0
 
 
-def drivers(options: Options, devices: Sequence[int], steps: int) -> Iterator[dict[str, Any]]:
-    """Run the same steps under every driver on every number of devices."""
+def earlier(path: Path | None, name: str, changes: Sequence[str]) -> list[dict[str, Any]]:
+    """Return the rows that an earlier call left in the file.
+
+    Raises:
+        SystemExit: they were made with other settings.
+    """
+    if path is None or not path.exists():
+        return []
+    found = json.loads(path.read_text())
+    if (found["config"], found["settings"]) != (name, list(changes)):
+        raise SystemExit(f"scaling: {path} holds rows of other settings; choose another file")
+    return list(found["rows"])
+
+
+def _is_there(rows: Sequence[dict[str, Any]], **facts: object) -> bool:
+    return any(facts.items() <= row.items() for row in rows)
+
+
+def drivers(
+    options: Options, devices: Sequence[int], steps: int, done: Sequence[dict[str, Any]] = ()
+) -> Iterator[dict[str, Any]]:
+    """Run the same steps under every driver on every number of devices that is not done."""
     for way, count in itertools.product(WAYS, devices):
+        if _is_there(done, way=way, devices=count):
+            continue
         train = dataclasses.replace(options.train, parallel="pmap" if way == "pmap" else "mesh")
         mesh = dataclasses.replace(options.mesh, fsdp=count if way == "fsdp" else 1)
         own = dataclasses.replace(options, train=train, mesh=mesh)
@@ -114,11 +138,17 @@ def exchanges(text: str) -> dict[str, int]:
 
 
 def processes(
-    name: str, changes: Sequence[str], counts: Sequence[int], steps: int
+    name: str,
+    changes: Sequence[str],
+    counts: Sequence[int],
+    steps: int,
+    done: Sequence[dict[str, Any]] = (),
 ) -> Iterator[dict[str, Any]]:
-    """Train with every number of processes and read their logs."""
+    """Train with every number of processes that is not done and read their logs."""
     with tempfile.TemporaryDirectory() as folder:
         for count in counts:
+            if _is_there(done, processes=count):
+                continue
             began = time.monotonic()
             losses = train(name, changes, count, steps, Path(folder) / str(count))
             yield {

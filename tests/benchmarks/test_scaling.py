@@ -2,7 +2,8 @@
 
 import pytest
 
-from sss_jax.benchmarks import estimate_table, scaling
+from sss_jax import config
+from sss_jax.benchmarks import estimate_table, result, scaling
 
 EXCHANGE = """HloModule jit_step
 
@@ -75,3 +76,24 @@ def test_a_cell_that_does_not_fit_has_no_time():
     assert "| 1.0 of 16.0 | yes |" in fits
     assert "| 500 | 256 | 20% | 10.0% |" in fits
     assert "| 20.0 of 16.0 | no |" in not_
+
+
+def test_rows_of_an_earlier_call_are_taken_over_and_not_run_again(tmp_path, monkeypatch):
+    ran = []
+
+    def run(options, devices, steps):
+        ran.append((options.train.parallel, options.mesh.fsdp, devices))
+        return {"losses": [1.0]}
+
+    monkeypatch.setattr(scaling, "run", run)
+    options = config.load("hippocampus:sss")
+    rows = list(scaling.drivers(options, [1, 2], 1))
+    assert len(rows) == len(ran) == 6
+    assert list(scaling.drivers(options, [1, 2, 4], 1, rows[:-1]))[-1]["devices"] == 4
+    assert ran[6:] == [("pmap", 1, 4), ("mesh", 1, 4), ("mesh", 2, 2), ("mesh", 4, 4)]
+    path = tmp_path / "rows.json"
+    assert scaling.earlier(path, "a", []) == []
+    result.write(path, "scaling", rows, config="a", settings=["b=1"])
+    assert scaling.earlier(path, "a", ["b=1"]) == rows
+    with pytest.raises(SystemExit, match="other settings"):
+        scaling.earlier(path, "a", ["b=2"])
