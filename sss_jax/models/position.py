@@ -106,11 +106,12 @@ def rotate(
     x: Float[Array, "... P D"], table: tuple[np.ndarray, np.ndarray]
 ) -> Float[Array, "... P D"]:
     """Turn every pair (channel i, channel i + D / 2) by the angle of its position, in float32."""
-    one, other = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    # Widened and narrowed half by half: as a whole, TPUs wrote the wide array to memory.
+    one, other = (half.astype(jnp.float32) for half in jnp.split(x, 2, axis=-1))
     lead = (1,) * (x.ndim - 2)
     cos, sin = (a.reshape(*lead, *a.shape) for a in table)
-    turned = jnp.concatenate([one * cos - other * sin, one * sin + other * cos], axis=-1)
-    return turned.astype(x.dtype)
+    turned = one * cos - other * sin, one * sin + other * cos
+    return jnp.concatenate([half.astype(x.dtype) for half in turned], axis=-1)
 
 
 def pixel_centres(height: int, width: int) -> Float[Array, "H W 2"]:
