@@ -220,7 +220,6 @@ def test_with_kernels_the_same_is_computed(monkeypatch):
     (found, bars), (expected, by_loop) = gradients(True), gradients(False)
     np.testing.assert_allclose(found, expected, rtol=1e-5)
     close(bars, by_loop)
-    close(gradients(True)[1], jax.jit(lambda: gradients(True)[1])())
 
 
 def test_operations_of_the_model_leave_out_logits_that_are_computed_again(monkeypatch):

@@ -56,9 +56,8 @@ def test_windows_are_grouped_where_their_tokens_fill_tiles():
     assert group_of_windows(5, 16, 64) == 1
 
 
-@pytest.mark.parametrize("pool", [False, True])
-@pytest.mark.parametrize("side", [8, 10])
-def test_a_block_is_the_same_on_tpus_as_elsewhere(monkeypatch, pool, side):
+@pytest.mark.parametrize(("side", "pool"), [(8, True), (10, False)])
+def test_a_block_is_the_same_on_tpus_as_elsewhere(monkeypatch, side, pool):
     """Windows that fit and that overhang: padding before the projection, or after it."""
     run_here = lambda q, kv, heads, interpret=True: attend(q, kv, heads, interpret)  # noqa: E731
     monkeypatch.setattr(window_kernel, "attend", run_here)
