@@ -83,7 +83,8 @@ def test_compiling_again_comes_from_the_cache(bench, monkeypatch):
     found, _ = bench("compile_time", "memory")
     time_, memory = found["rows"]
     assert time_["cache_files"] >= 1
-    assert 0 < time_["cached_compile_s"] < time_["compile_s"]
+    assert time_["cache_hits"] == 1
+    assert min(time_[name] for name in ("trace_s", "compile_s", "cached_compile_s")) > 0
     assert memory["argument_bytes"] == memory["output_bytes"] == 4 * 64**2
     assert jax.config.jax_compilation_cache_dir == before
 
