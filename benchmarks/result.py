@@ -10,7 +10,7 @@ import platform
 import statistics
 import subprocess
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -108,6 +108,16 @@ def document(name: str, rows: list[dict[str, Any]], **more: Any) -> dict[str, An
 def write(path: Path, name: str, rows: list[dict[str, Any]], **more: Any) -> None:
     """Write a result file."""
     save(path, document(name, rows, **more))
+
+
+def rows_of(path: Path) -> list[dict[str, Any]]:
+    """Return the rows that an earlier call left in a file; none where there is no file."""
+    return json.loads(path.read_text())["rows"] if path.is_file() else []
+
+
+def holds(rows: Iterable[dict[str, Any]], facts: dict[str, Any]) -> bool:
+    """Whether one of the rows has all these entries."""
+    return any(facts.items() <= row.items() for row in rows)
 
 
 def save(path: Path, content: dict[str, Any]) -> None:

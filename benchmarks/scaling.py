@@ -86,16 +86,12 @@ def earlier(path: Path | None, name: str, changes: Sequence[str]) -> list[dict[s
     return list(found["rows"])
 
 
-def _is_there(rows: Sequence[dict[str, Any]], **facts: object) -> bool:
-    return any(facts.items() <= row.items() for row in rows)
-
-
 def drivers(
     options: Options, devices: Sequence[int], steps: int, done: Sequence[dict[str, Any]] = ()
 ) -> Iterator[dict[str, Any]]:
     """Run the same steps under every driver on every number of devices that is not done."""
     for way, count in itertools.product(WAYS, devices):
-        if _is_there(done, way=way, devices=count):
+        if result.holds(done, {"way": way, "devices": count}):
             continue
         train = dataclasses.replace(options.train, parallel="pmap" if way == "pmap" else "mesh")
         mesh = dataclasses.replace(options.mesh, fsdp=count if way == "fsdp" else 1)
@@ -147,7 +143,7 @@ def processes(
     """Train with every number of processes that is not done and read their logs."""
     with tempfile.TemporaryDirectory() as folder:
         for count in counts:
-            if _is_there(done, processes=count):
+            if result.holds(done, {"processes": count}):
                 continue
             began = time.monotonic()
             losses = train(name, changes, count, steps, Path(folder) / str(count))

@@ -1,14 +1,14 @@
 """Layer maths as plain functions, and the small modules that all parts share."""
 
-import itertools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
 from sss_jax.axes import Array, Float
+from sss_jax.models import convolution
 from sss_jax.models.initial import initialiser
 
 
@@ -245,62 +245,9 @@ class Conv(nn.Module):
         kernel = self.param("kernel", initialiser("kernel"), shape)
         bias = self.param("bias", initialiser("bias"), (self.features,))
         x, kernel, bias = (a.astype(self.dtype) for a in (x, kernel, bias))
-        return add_bias(_convolve(x, kernel, self.stride, self.padding), bias)
-
-
-def _convolve(x: Array, kernel: Array, stride: int, padding: int, groups: int = 1) -> Array:
-    if kernel.shape[0] == stride == groups == 1:
-        return linear(x, kernel[0, 0])
-    return jax.lax.conv_general_dilated(
-        x,
-        kernel,
-        window_strides=(stride, stride),
-        padding=((padding, padding), (padding, padding)),
-        dimension_numbers=("NHWC", "HWIO", "NHWC"),
-        feature_group_count=groups,
-    )
-
-
-def depthwise(
-    x: Float[Array, "N H W C"], kernel: Float[Array, "side side 1 C"]
-) -> Float[Array, "N H W C"]:
-    """Convolve every channel with its own kernel of odd side, same size."""
-    return jax.lax.platform_dependent(x, kernel, cpu=_shift_and_add, default=_grouped)
-
-
-def _grouped(x: Array, kernel: Array) -> Array:
-    return _convolve(x, kernel, 1, len(kernel) // 2, groups=x.shape[-1])
-
-
-@jax.custom_vjp
-def _shift_and_add(x: Array, kernel: Array) -> Array:
-    """Add up shifted maps: one loop over the output, where XLA on CPUs runs groups one by one."""
-    y = jnp.zeros_like(x)
-    taps = kernel.reshape(-1, kernel.shape[-1])
-    for shifted, tap in zip(_shifts(x, len(kernel)), taps, strict=True):
-        y += scale_by(shifted, tap)
-    return y
-
-
-def _shifts(x: Array, side: int) -> Iterator[Array]:
-    """Yield the map as every tap of a kernel sees it, zeros beyond its edges."""
-    around, (h, w) = (side // 2, side // 2), x.shape[1:3]
-    padded = jnp.pad(x, ((0, 0), around, around, (0, 0)))
-    for i, j in itertools.product(range(side), repeat=2):
-        yield padded[:, i : i + h, j : j + w]
-
-
-def _shift_and_add_forward(x: Array, kernel: Array) -> tuple[Array, tuple[Array, Array]]:
-    return _shift_and_add(x, kernel), (x, kernel)
-
-
-def _shift_and_add_backward(saved: tuple[Array, Array], dy: Array) -> tuple[Array, Array]:
-    x, kernel = saved
-    dkernel = jnp.stack([(shifted * dy).sum((0, 1, 2)) for shifted in _shifts(x, len(kernel))])
-    return _shift_and_add(dy, kernel[::-1, ::-1]), dkernel.reshape(kernel.shape)
-
-
-_shift_and_add.defvjp(_shift_and_add_forward, _shift_and_add_backward)
+        if side == self.stride == 1:
+            return add_bias(linear(x, kernel[0, 0]), bias)
+        return add_bias(convolution.convolve(x, kernel, self.stride, self.padding), bias)
 
 
 class ConvTranspose(nn.Module):

@@ -9,7 +9,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 
 from sss_jax.axes import Array, Float
-from sss_jax.models import layers
+from sss_jax.models import convolution, layers
 from sss_jax.models.initial import initialiser
 from sss_jax.models.presets import FUSER_KERNEL, FUSER_LAYERS, Sam2Config
 
@@ -58,7 +58,7 @@ class DepthwiseConv(nn.Module):
             "kernel", initialiser("kernel"), (FUSER_KERNEL, FUSER_KERNEL, 1, channels)
         )
         bias = self.param("bias", initialiser("bias"), (channels,))
-        y = layers.depthwise(x_NHWC.astype(self.dtype), kernel.astype(self.dtype))
+        y = convolution.depthwise(x_NHWC.astype(self.dtype), kernel.astype(self.dtype))
         return layers.add_bias(y, bias.astype(self.dtype))
 
 

@@ -100,24 +100,3 @@ def test_dense_and_mlp():
         expected = expected @ params[f"layers_{i}"]["kernel"] + params[f"layers_{i}"]["bias"]
         expected = np.maximum(expected, 0) if i < 2 else expected
     np.testing.assert_allclose(mlp.apply({"params": params}, x), expected, atol=1e-4)
-
-
-@pytest.mark.parametrize(
-    ("side", "shape"), [(7, (2, 9, 5, 3)), (3, (1, 2, 6, 4)), (1, (1, 3, 3, 2))]
-)
-def test_depthwise_forms_agree_and_so_do_their_gradients(side, shape):
-    """The form for CPUs, its derivative written out, against XLA's grouped convolution."""
-    rng = np.random.default_rng(side)
-    x = jnp.asarray(rng.normal(size=shape), jnp.float32)
-    kernel = jnp.asarray(rng.normal(size=(side, side, 1, shape[-1])), jnp.float32)
-    weight = jnp.asarray(rng.normal(size=shape), jnp.float32)
-
-    def value(form):
-        def of(x, kernel):
-            return jnp.sum(weight * form(x, kernel))
-
-        return form(x, kernel), jax.grad(of, argnums=(0, 1))(x, kernel)
-
-    own, grouped = value(layers._shift_and_add), value(layers._grouped)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), own, grouped)
-    np.testing.assert_allclose(layers.depthwise(x, kernel), own[0], atol=1e-5)
