@@ -10,7 +10,6 @@ two sizes is known (`--clips 1 2`), the most clips that fit are foretold from th
 import argparse
 import dataclasses
 import itertools
-import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -41,12 +40,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--full", action="store_true", help="all of the compiler's effort")
     parser.add_argument("-o", "--output", type=Path, required=True)
     args = parser.parse_args(argv)
-    rows = json.loads(args.output.read_text())["rows"] if args.output.exists() else []
+    rows = result.rows_of(args.output)
     every = ["/".join(map(str, c)) for c in itertools.product(PRESETS, SIZES, TOPOLOGIES)]
     settings = [*SETTINGS, *args.set]
     for cell, clips in itertools.product(args.only or every, args.clips):
         wanted = {"cell": cell, "clips": clips, "quick": not args.full, "settings": settings}
-        if any(wanted.items() <= row.items() for row in rows):
+        if result.holds(rows, wanted):
             continue
         rows.append(wanted | compile_cell(args.config, settings, cell, clips, not args.full))
         result.write(args.output, "estimate_table", rows, config=args.config)

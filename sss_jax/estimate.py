@@ -18,6 +18,7 @@ import jax
 from sss_jax import flops, roofline
 from sss_jax.errors import ConfigError
 from sss_jax.hlo import Collective, Cost, Program
+from sss_jax.models.sss import with_kernels
 from sss_jax.options import Options
 from sss_jax.topology import Topology, parse
 from sss_jax.train import sharding
@@ -144,7 +145,7 @@ def estimate(
     axes = sharding.axis_sizes(options.mesh, topology.devices)
     shards = topology.devices // options.mesh.context
     options = options if clips is None else with_clips(options, clips * shards)
-    options = _for_platform(options, tpu=topology.is_tpu)
+    options = _for_platform(options, "tpu" if topology.is_tpu else "gpu")
     sharding.check_batches(options.train, shards, semi=options.semi.enabled)
     setup = set_up(options)
     plain = _counted(setup, options, name, topology, axes)
@@ -264,13 +265,10 @@ def _operations(setup: Setup, options: Options, *, again: bool = True) -> int:
     return flops.count(step, setup.state, batch_fields(options), key_shape(), again=again)
 
 
-def _for_platform(options: Options, *, tpu: bool) -> Options:
+def _for_platform(options: Options, platform: str) -> Options:
     """Choose what is left to the platform as that of the topology, not of this machine, would."""
-    if options.model.kernels != "auto":
-        return options
-    model = dataclasses.replace(
-        options.model, kernels="on" if tpu and options.mesh.context == 1 else "off"
-    )
+    kernels = "on" if with_kernels(options, platform) else "off"
+    model = dataclasses.replace(options.model, kernels=kernels)
     return dataclasses.replace(options, model=model)
 
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import jax
 from jax.extend import core
+from jax.interpreters import partial_eval
 
 __all__ = ["count", "inner"]
 
@@ -30,9 +31,12 @@ def count(function: Callable[..., Any], *args: Any, again: bool = True) -> int:
 
     Returns:
         Operations of all devices together. A `while` whose length depends on the data counts one
-        turn, a `cond` its dearest branch; code that differs by platform counts as on CPUs.
+        turn, a `cond` its dearest branch; code that differs by platform counts as on CPUs. What no
+        result needs counts nothing: a compiler drops it.
     """
-    return _of_jaxpr(jax.make_jaxpr(function)(*args).jaxpr, again)
+    traced = jax.make_jaxpr(function)(*args).jaxpr
+    used, _ = partial_eval.dce_jaxpr(traced, [True] * len(traced.outvars))
+    return _of_jaxpr(used, again)
 
 
 def _of_jaxpr(jaxpr: core.Jaxpr, again: bool) -> int:

@@ -25,7 +25,6 @@ KINDS = (
 
 _HEADER = re.compile(r"^(ENTRY\s+)?%?([\w.\-]+)\s+\(.*\)\s*->.*\{\s*$")
 _CONDITION = re.compile(r"condition=%?([\w.\-]+)")
-_NUMBER = re.compile(r"(\d+)\)")
 # Results that are names for memory, not traffic.
 _FREE = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "conditional"}
 # Runs computations whose instructions are kernels by themselves.
@@ -141,9 +140,9 @@ class Program:
         for part in self._parts(self._entry):
             shapes = {i.name: i.shape for i in part.instructions}
             for instruction in part.instructions:
-                if instruction.opcode != "fusion" and (
-                    flops := hlo_kernels.cost(instruction, shapes, self._computations)[0]
-                ):
+                if instruction.opcode == "fusion":  # what it runs is a part by itself
+                    continue
+                if flops := hlo_kernels.flops(instruction, shapes, self._computations):
                     found[hlo_kernels.precision(instruction, shapes)] += flops * part.times
         return dict(found)
 
@@ -187,8 +186,8 @@ class Program:
         if last is None or last.opcode != "compare" or "direction=LT" not in last.rest:
             return None
         ends = [lines[name] for name in last.operands if name in lines]
-        numbers = [_NUMBER.match(end.rest) for end in ends if end.opcode == "constant"]
-        return int(numbers[0].group(1)) if len(numbers) == 1 and numbers[0] else None
+        numbers = [end.number for end in ends if end.opcode == "constant"]
+        return numbers[0] if len(numbers) == 1 else None
 
 
 def _moved(instruction: Instruction) -> int:

@@ -11,7 +11,6 @@ Computations = Mapping[str, Sequence[Instruction]]
 _WINDOW = re.compile(r"window=\{([^}]*)\}")
 _DIMS = re.compile(r"dim_labels=(\w+)_(\w+)->(\w+)")
 _CONTRACTED = re.compile(r"lhs_contracting_dims=\{([\d,]*)\}")
-_NUMBER = re.compile(r"(\d+)\)")
 _PRECISION = re.compile(r"operand_precision=\{([\w,]+)\}")
 _RISING = ("default", "high", "highest")
 # What a kernel of our own says about itself; its body is not HLO.
@@ -29,12 +28,8 @@ def cost(
         computations: all computations of the program.
     """
     said = _SAID.search(instruction.rest)
-    if said:
-        return int(said.group(1)), int(said.group(2))
-    return (
-        _flops(instruction, shapes, computations),
-        _bytes(instruction, shapes, computations),
-    )
+    moved = int(said.group(2)) if said else _bytes(instruction, shapes, computations)
+    return flops(instruction, shapes, computations), moved
 
 
 def precision(instruction: Instruction, shapes: Mapping[str, str]) -> tuple[str, str]:
@@ -45,7 +40,10 @@ def precision(instruction: Instruction, shapes: Mapping[str, str]) -> tuple[str,
     return types, max(asked.group(1).split(","), key=_RISING.index) if asked else "default"
 
 
-def _flops(instruction: Instruction, shapes: Mapping[str, str], computations: Computations) -> int:
+def flops(instruction: Instruction, shapes: Mapping[str, str], computations: Computations) -> int:
+    """Return operations of a kernel; arguments as for `cost`."""
+    if said := _SAID.search(instruction.rest):
+        return int(said.group(1))
     if instruction.opcode == "convolution":
         return _of_convolution(instruction, shapes)
     if instruction.opcode == "dot":
@@ -56,7 +54,7 @@ def _flops(instruction: Instruction, shapes: Mapping[str, str], computations: Co
     for name in instruction.called:
         inner = computations.get(name, [])
         inside = {i.name: i.shape for i in inner}
-        total += sum(_flops(i, inside, computations) for i in inner)
+        total += sum(flops(i, inside, computations) for i in inner)
     return total
 
 
@@ -81,13 +79,12 @@ def _slices(inner: Sequence[Instruction]) -> dict[int, int]:
     """Bytes read of those parameters of a fusion that it does not read whole."""
     found = {}
     for parameter in inner:
-        number = _NUMBER.match(parameter.rest)
-        if parameter.opcode != "parameter" or number is None:
+        if parameter.opcode != "parameter" or parameter.number is None:
             continue
         users = _users(inner, parameter)
         if users and all(_takes_part_of(user, parameter, inner) for user in users):
-            cuts = {u.name: u.shape for u in users if u.opcode == "dynamic-slice"}
-            found[int(number.group(1))] = sum(nbytes(shape) for shape in cuts.values())
+            cuts = [user.shape for user in users if user.opcode == "dynamic-slice"]
+            found[parameter.number] = sum(map(nbytes, cuts))
     return found
 
 
@@ -115,9 +112,9 @@ def _origin(inner: Sequence[Instruction], name: str) -> str:
 def _not_written(inner: Sequence[Instruction], operands: Sequence[str]) -> int:
     """Bytes of results that a fusion leaves as they were: updates of its parameters in place."""
     lines = {i.name: i for i in inner}
-    root = inner[-1] if inner else None
-    if root is None:
+    if not inner:
         return 0
+    root = inner[-1]
     results = root.operands if root.opcode == "tuple" else [root.name]
     total = 0
     for name in results:
@@ -125,8 +122,8 @@ def _not_written(inner: Sequence[Instruction], operands: Sequence[str]) -> int:
         if update is None or update.opcode != "dynamic-update-slice":
             continue
         whole = lines.get(_origin(inner, update.operands[0]))
-        number = _NUMBER.match(whole.rest) if whole and whole.opcode == "parameter" else None
-        if number and main_memory(operands[int(number.group(1))]):
+        number = whole.number if whole and whole.opcode == "parameter" else None
+        if number is not None and main_memory(operands[number]):
             part = lines.get(update.operands[1])
             total += nbytes(update.shape) - (nbytes(part.shape) if part else 0)
     return total

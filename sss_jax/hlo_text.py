@@ -4,6 +4,7 @@ Everything here is what one line says; `hlo.py` puts lines together to a program
 """
 
 import dataclasses
+import functools
 import math
 import re
 
@@ -17,6 +18,7 @@ _CALLED = re.compile(
     r"|true_computation|false_computation)=(\{[^}]*\}|%?[\w.\-]+)"
 )
 _TURNS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
+_NUMBER = re.compile(r"(\d+)\)")
 _OPERAND = re.compile(r"%([\w.\-]+)")
 _SOURCE = re.compile(r'op_name="([^"]*)"')
 
@@ -43,10 +45,16 @@ class Instruction:
         found = _SOURCE.search(self.rest)
         return found.group(1) if found else ""
 
-    @property
+    @functools.cached_property
     def operands(self) -> list[str]:
         """Names of what goes in."""
         return _OPERAND.findall(self.rest[: _end_of_operands(self.rest)])
+
+    @property
+    def number(self) -> int | None:
+        """What alone stands in the parentheses: a parameter's place, a constant's value."""
+        found = _NUMBER.match(self.rest)
+        return int(found.group(1)) if found else None
 
     @property
     def called(self) -> list[str]:

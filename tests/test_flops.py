@@ -6,6 +6,7 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from sss_jax.flops import count
+from sss_jax.models import convolution
 
 X = jnp.ones((4, 8))
 W = jnp.ones((8, 16))
@@ -63,7 +64,7 @@ def test_loops_count_as_often_as_they_run():
     assert count(loop, X) == 5 * once
     assert count(jax.jit(loop), X) == 5 * once
     assert count(jax.vmap(loop), jnp.ones((3, 4, 8))) == 15 * once
-    assert count(jax.grad(lambda x: loop(x).sum()), X) == 10 * once
+    assert count(jax.value_and_grad(lambda x: loop(x).sum()), X) == 10 * once
 
 
 def test_a_branch_counts_its_dearest_side():
@@ -77,8 +78,8 @@ def test_what_is_computed_again_counts_again():
     def once(w):
         return jnp.sin(X @ w) @ jnp.ones((16, 2))
 
-    plain = count(jax.grad(lambda w: once(w).sum()), W)
-    again = count(jax.grad(lambda w: jax.checkpoint(once)(w).sum()), W)
+    plain = count(jax.value_and_grad(lambda w: once(w).sum()), W)
+    again = count(jax.value_and_grad(lambda w: jax.checkpoint(once)(w).sum()), W)
     assert again == plain + 2 * 4 * 8 * 16
 
 
@@ -101,3 +102,19 @@ def test_code_that_differs_by_platform_counts_as_on_cpus():
     by_platform = jax.lax.platform_dependent
     assert count(lambda x: by_platform(x, tpu=twice, default=product), X) == count(product, X)
     assert count(lambda x: by_platform(x, cpu=product, default=twice), X) == count(product, X)
+
+
+def test_what_no_result_needs_costs_nothing():
+    x, kernel = jnp.ones((1, 8, 8, 3)), jnp.ones((3, 3, 3, 4))
+
+    def loss(kernel):
+        return convolution.convolve(x, kernel, 2, 1).sum()
+
+    def turns(kernel):
+        turn = lambda total, _: (total + jax.grad(loss)(kernel), None)  # noqa: E731
+        return jax.lax.scan(turn, kernel, length=3)[0]
+
+    once = count(loss, kernel)
+    # The gradient of the maps is written out beside the kernel's, and nobody asks for it.
+    assert count(jax.grad(loss), kernel) == once
+    assert count(turns, kernel) == 3 * once

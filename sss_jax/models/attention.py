@@ -16,6 +16,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from sss_jax.axes import Array, Bool, Float
 from sss_jax.models import attention_kernel
+from sss_jax.models.attention_kernel import OFF
 
 CPU_LOGITS = 2**22
 """Logits that a CPU holds at once; more do not stay in its caches.
@@ -35,8 +36,6 @@ SMALLEST_BLOCK = 64
 
 ATTENDED = "attended"
 """Name of the results of `large_attention`, for policies of what a recomputed layer keeps."""
-
-_OFF = -1e30  # logit of a key that is switched off
 
 
 def attention(
@@ -123,7 +122,7 @@ def _by_platform(loop: Callable[..., Any], q: Array, k: Array, *others: Array | 
 
 def _bias(k: Array, valid: Array | None) -> Array:
     on = jnp.ones(k.shape[:2], bool) if valid is None else valid
-    return jnp.where(on, 0.0, _OFF)
+    return jnp.where(on, 0.0, OFF)
 
 
 def block_size(queries: int, keys: int, limit: int) -> int:
@@ -131,14 +130,13 @@ def block_size(queries: int, keys: int, limit: int) -> int:
 
     It is at least SMALLEST_BLOCK, or the divisor next to that.
     """
-    most = max(limit // keys, SMALLEST_BLOCK)
-    return max(size for size in range(1, min(queries, most) + 1) if queries % size == 0)
+    return attention_kernel.largest_divisor(queries, max(limit // keys, SMALLEST_BLOCK))
 
 
 def _whole(q: Array, k: Array, v: Array, valid: Array | None) -> Array:
     logits = _batched("...nd,...md->...nm", q, k, jnp.float32)
     if valid is not None:
-        logits = jnp.where(valid[..., None, :], logits, _OFF)
+        logits = jnp.where(valid[..., None, :], logits, OFF)
     weights = jax.nn.softmax(logits, axis=-1).astype(v.dtype)
     return _batched("...nm,...md->...nd", weights, v, v.dtype)
 
@@ -217,7 +215,7 @@ def gradients_in_blocks(
 
 def _logits(k_GMD: Array, q_GnD: Array, valid: Array | None) -> Array:
     logits = jnp.einsum("gmd,gnd->gmn", k_GMD, q_GnD, preferred_element_type=jnp.float32)
-    return logits if valid is None else jnp.where(valid[:, :, None], logits, _OFF)
+    return logits if valid is None else jnp.where(valid[:, :, None], logits, OFF)
 
 
 @jax.jit

@@ -56,7 +56,7 @@ def forward(
     """
     k, v, bias, keys = _whole_blocks(k, v, bias)
     (g, n, d), m, e = q.shape, k.shape[1], v.shape[2]
-    queries = _block(n, QUERIES)
+    queries = LANES * largest_divisor(n // LANES, QUERIES // LANES)
     by_query = pl.BlockSpec((1, queries, d), lambda g, i, j: (g, i, 0))
     out, lse = pl.pallas_call(
         _forward,
@@ -145,7 +145,7 @@ def backward(
     length = k.shape[1]
     k, v, bias, keys = _whole_blocks(k, v, bias)
     (g, n, d), m, e = q.shape, k.shape[1], v.shape[2]
-    queries = _block(n, QUERIES)
+    queries = LANES * largest_divisor(n // LANES, QUERIES // LANES)
     row = pl.BlockSpec((1, 1, queries), lambda g, j, i: (g, 0, i))
     by_query = [pl.BlockSpec((1, queries, w), lambda g, j, i: (g, i, 0)) for w in (d, e)]
     by_key = [pl.BlockSpec((1, keys, w), lambda g, j, i: (g, j, 0)) for w in (d, e)]
@@ -261,8 +261,9 @@ def block_of_keys(keys: int) -> int:
     return min(sizes, key=lambda size: -(-keys // size) * (size + _PER_BLOCK))
 
 
-def _block(queries: int, most: int) -> int:
-    return max(s for s in range(LANES, min(queries, most) + 1, LANES) if queries % s == 0)
+def largest_divisor(number: int, most: int) -> int:
+    """Return the largest divisor that is not above `most`, at least 1."""
+    return max(n for n in range(1, max(min(number, most), 1) + 1) if number % n == 0)
 
 
 def _parameters(*order: Literal["parallel", "arbitrary"]) -> pltpu.CompilerParams:

@@ -191,14 +191,14 @@ def build_model(options: Options) -> SSSModel:
         model.remat,
         remat_keeps=model.remat_keeps,
         loop_blocks=model.loop_blocks,
-        kernels=with_kernels(options),
+        kernels=with_kernels(options, jax.default_backend()),
         memory=memory,
     )
     return SSSModel(config, model.num_classes, model.class_token_std)
 
 
-def with_kernels(options: Options) -> bool:
-    """Whether attention is computed by the TPU kernels.
+def with_kernels(options: Options, platform: str) -> bool:
+    """Whether attention is computed by the TPU kernels on a platform, such as `tpu`.
 
     Raises:
         ConfigError: they are asked for where images are cut over devices.
@@ -210,7 +210,7 @@ def with_kernels(options: Options) -> bool:
             f"mesh.context={options.mesh.context} cuts their rows; set one of them back"
         )
     if options.model.kernels == "auto":
-        return jax.default_backend() == "tpu" and not cut
+        return platform == "tpu" and not cut
     return options.model.kernels == "on"
 
 

@@ -18,7 +18,16 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from sss_jax.axes import Array, Float
-from sss_jax.models.attention_kernel import CORE_MEMORY, NN, NT, OFF, TN, Ref, product
+from sss_jax.models.attention_kernel import (
+    CORE_MEMORY,
+    NN,
+    NT,
+    OFF,
+    TN,
+    Ref,
+    largest_divisor,
+    product,
+)
 
 TILE = 16
 """Rows that bfloat16 numbers fill at once; tokens of several windows merge without a copy."""
@@ -64,19 +73,18 @@ def _call(
     """Run a kernel over windows; its results have the shapes of `like`."""
     (windows, queries, width), tokens = arrays[0].shape, arrays[1].shape[1]
     group = group_of_windows(windows, queries, tokens)
-    merged = [x.reshape(windows // group, -1, x.shape[-1]) for x in arrays]
+    groups = windows // group
+    merged = [x.reshape(groups, -1, x.shape[-1]) for x in arrays]
     made: list[Any] = [
-        jax.ShapeDtypeStruct((windows // group, group * x.shape[1], x.shape[2]), x.dtype)
-        for x in like
+        jax.ShapeDtypeStruct((groups, group * x.shape[1], x.shape[2]), x.dtype) for x in like
     ]
     moved = sum(x.size * x.dtype.itemsize for x in (*merged, *made))
-    most = max(min(windows // group, BLOCK * windows // group // moved), 1)
-    count = max(n for n in range(1, most + 1) if windows // group % n == 0)
+    count = largest_divisor(groups, BLOCK * groups // moved)
     blocks = [pl.BlockSpec((count, *x.shape[1:]), lambda i: (i, 0, 0)) for x in (*merged, *made)]
     products = 2 if kernel is _forward else 5
     found = pl.pallas_call(
         functools.partial(kernel, heads=heads, queries=queries, tokens=tokens),
-        grid=(windows // group // count,),
+        grid=(groups // count,),
         in_specs=blocks[: len(merged)],
         out_specs=blocks[len(merged) :],
         out_shape=made,
@@ -98,8 +106,7 @@ def group_of_windows(windows: int, queries: int, tokens: int) -> int:
     """Windows per block of rows: as many as fill ROWS, where their tokens fill whole tiles."""
     if queries % TILE or tokens % TILE:
         return 1
-    most = max(ROWS // tokens, 1)
-    return max(n for n in range(1, most + 1) if windows % n == 0)
+    return largest_divisor(windows, ROWS // tokens)
 
 
 def _forward(

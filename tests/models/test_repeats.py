@@ -147,7 +147,7 @@ def test_recomputed_memory_attention_does_not_attend_again():
     )
     coarse = jnp.zeros((1, 16, 16, DEEP.width))
 
-    def operations(config, attention_alone=False):
+    def operations(config):
         module = MemoryAttention(config)
         params = jax.eval_shape(lambda key: module.init(key, coarse, keys), jax.random.key(0))
         loss = lambda p: module.apply(p, coarse, keys).sum()  # noqa: E731

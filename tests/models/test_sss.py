@@ -185,10 +185,13 @@ def test_build_model_refuses_an_unfit_size():
 
 
 def test_kernels_are_for_tpus_and_whole_images():
-    def found(*changes):
-        return with_kernels(config.load("acdc:sss", list(changes)))
+    def found(*changes, platform="cpu"):
+        return with_kernels(config.load("acdc:sss", list(changes)), platform)
 
     assert not found()
+    assert not found(platform="gpu")
+    assert found(platform="tpu")
+    assert not found("mesh.context=2", platform="tpu")
     assert found("model.kernels=on")
     assert not found("model.kernels=off")
     with pytest.raises(ConfigError, match=r"mesh\.context=2 cuts their rows"):
