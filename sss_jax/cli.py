@@ -136,6 +136,9 @@ def _add_train(verbs: Any) -> None:
     train.add_argument("--workdir", type=Path, required=True, help="run folder")
     train.add_argument("--fresh", action="store_true", help="discard what the run folder holds")
     train.add_argument(
+        "--skip-bad", action="store_true", help="leave out cases that cannot be read, and list them"
+    )
+    train.add_argument(
         "--distributed",
         action="store_true",
         help="one of several processes, started by Slurm, GKE, TPU or MPI",
@@ -266,7 +269,9 @@ def _train(args: argparse.Namespace) -> int:
         if several:
             hosts.join(meeting)
         try:
-            summary = train(options, args.data, args.workdir, fresh=args.fresh)
+            summary = train(
+                options, args.data, args.workdir, fresh=args.fresh, skip_bad=args.skip_bad
+            )
         except PeerLost as error:
             # An ordinary exit would wait for all processes to say goodbye.
             print(f"sss-jax: {error}", file=sys.stderr, flush=True)

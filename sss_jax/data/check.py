@@ -1,6 +1,5 @@
 """Read every file of a data folder once and report all that is wrong with it, in one run."""
 
-import contextlib
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -11,7 +10,7 @@ from nibabel.orientations import aff2axcodes
 from sss_jax.data.cases import Case, Split, load_split
 from sss_jax.data.check_report import CaseFacts, CheckReport, Problem
 from sss_jax.data.examples import range_of
-from sss_jax.data.faults import FileFault
+from sss_jax.data.faults import FileFault, collected
 from sss_jax.data.folders import find_cases
 from sss_jax.data.geometry import make_frame
 from sss_jax.data.nifti import Volume, is_nifti, read_labels, read_volume
@@ -46,7 +45,7 @@ def check_folder(
     found = find_cases(root, faults.append)
     labelled = tuple(c.name for c in found.values() if c.label is not None)
     if isinstance(split, str):
-        with _collected(faults):
+        with collected(faults):
             split = load_split(root, split)
     if isinstance(split, Split):
         cases: Sequence[Case] = split.cases
@@ -54,20 +53,32 @@ def check_folder(
     else:
         cases = tuple(found.values())
         faults += _strange_files(root, found.values())
-    with ThreadPoolExecutor(max(options.threads, 1)) as pool:
-        read = list(pool.map(lambda case: _check_case(case, options, num_classes), cases))
+    read = list(_checked(cases, options, num_classes))
     facts = tuple(f for f, _ in read if f is not None)
     faults += [fault for _, case_faults in read for fault in case_faults]
     problems = tuple(Problem(f.path, f.problem, f.fix) for f in _once(faults))
     return CheckReport(root, len(cases), facts, problems, labelled)
 
 
-@contextlib.contextmanager
-def _collected(faults: list[FileFault]) -> Iterator[None]:
-    try:
-        yield
-    except FileFault as fault:
-        faults.append(fault)
+def unusable(
+    cases: Sequence[Case], options: DataOptions, num_classes: int | None
+) -> Iterator[tuple[Case, list[FileFault]]]:
+    """Read cases and yield each with what is wrong with it, if anything, in order.
+
+    Args:
+        cases: what to read.
+        options: reading and intensity scaling.
+        num_classes: largest label allowed; None for any.
+    """
+    for case, (_, faults) in zip(cases, _checked(cases, options, num_classes), strict=True):
+        yield case, faults
+
+
+def _checked(
+    cases: Sequence[Case], options: DataOptions, num_classes: int | None
+) -> Iterator[tuple[CaseFacts | None, list[FileFault]]]:
+    with ThreadPoolExecutor(max(options.threads, 1)) as pool:
+        yield from pool.map(lambda case: _check_case(case, options, num_classes), cases)
 
 
 def _once(faults: list[FileFault]) -> list[FileFault]:
@@ -94,15 +105,15 @@ def _check_case(
 ) -> tuple[CaseFacts | None, list[FileFault]]:
     faults: list[FileFault] = []
     volume, counts = None, None
-    with _collected(faults):
+    with collected(faults):
         volume = read_volume(case.image, options.max_voxels)
     if case.label is not None:
-        with _collected(faults):
+        with collected(faults):
             labels = read_labels(case.label, num_classes, options.max_voxels, volume)
             counts = np.bincount(labels.array.ravel(order="K"), minlength=256)
     if volume is None:
         return None, faults
-    with _collected(faults):
+    with collected(faults):
         range_of(volume, options)
     return _facts(case, volume, counts), faults
 
@@ -126,4 +137,4 @@ def _facts(case: Case, volume: Volume, counts: np.ndarray | None) -> CaseFacts:
     )
 
 
-__all__ = ["CheckReport", "check_folder"]
+__all__ = ["CheckReport", "check_folder", "unusable"]

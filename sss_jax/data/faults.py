@@ -1,6 +1,7 @@
 """A file that cannot be used: which one, what is wrong, how to mend it."""
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from sss_jax.errors import DataError
@@ -23,6 +24,15 @@ class FileFault(DataError):
 
 
 Report = Callable[[FileFault], None]
+
+
+@contextlib.contextmanager
+def collected(faults: list[FileFault]) -> Iterator[None]:
+    """Add the fault that ends what is done here to a list, instead of raising it."""
+    try:
+        yield
+    except FileFault as fault:
+        faults.append(fault)
 
 
 def stop(fault: FileFault) -> None:

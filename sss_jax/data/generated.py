@@ -7,6 +7,7 @@ once. They are cheap, not realistic; phantoms (`synthetic.py`) are for learning.
 import dataclasses
 import math
 import re
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ from numpy.typing import NDArray
 
 from sss_jax.data.cases import Case, Split
 from sss_jax.data.examples import Scan
+from sss_jax.data.faults import FileFault
 from sss_jax.data.geometry import Frame
 from sss_jax.data.load import Stack
 from sss_jax.errors import ConfigError
@@ -137,6 +139,12 @@ class GeneratedSource:
         """Return the slices of a case, with labels where it is not an unlabelled one."""
         number = int(case.name.rsplit("_", 1)[1])
         return GeneratedStack(self._canvas, self._frame, number, case.label is not None)
+
+    def faults(
+        self, cases: Sequence[Case], num_classes: int | None, options: DataOptions
+    ) -> Iterator[tuple[Case, list[FileFault]]]:
+        """Yield nothing: no file is read."""
+        return iter(())
 
     def _case(self, number: int, labelled: bool) -> Case:
         name = _NAME.format(size=self._size, number=number)

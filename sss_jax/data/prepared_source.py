@@ -1,6 +1,7 @@
 """Cases of a prepared folder: a clip of S slices reads S records, however long its volume is."""
 
 import dataclasses
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ from numpy.typing import NDArray
 
 from sss_jax.data.cases import Case, Split, load_split
 from sss_jax.data.examples import Scan, rescale
-from sss_jax.data.faults import FileFault, shown
+from sss_jax.data.faults import FileFault, collected, shown
 from sss_jax.data.folders import PREPARED
 from sss_jax.data.geometry import Frame
 from sss_jax.data.load import Stack, naming
@@ -151,6 +152,22 @@ class PreparedSource:
         with naming(case.name):
             _refuse_labels(facts, case.label, num_classes)
         return PreparedStack(facts, self._images[case.image], self._labels[case.label])
+
+    def faults(
+        self, cases: Sequence[Case], num_classes: int | None, options: DataOptions
+    ) -> Iterator[tuple[Case, list[FileFault]]]:
+        """Compare labels and classes; records are held against their checksums when they are read.
+
+        Raises:
+            ConfigError: the records were made with other settings.
+        """
+        self._refuse_other_settings(options)
+        for case in cases:
+            found: list[FileFault] = []
+            if case.label is not None:
+                with collected(found):
+                    _refuse_labels(self._facts[case.name], case.label, num_classes)
+            yield case, found
 
     def _add(self, index: int) -> None:
         shard, count = self._manifest.shards[index], len(self._manifest.shards)

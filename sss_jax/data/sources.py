@@ -1,9 +1,12 @@
 """Where scans come from: NIfTI files, prepared shards, or nowhere (synthetic)."""
 
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Protocol
 
+from sss_jax.data import check
 from sss_jax.data.cases import Case, Split, load_split
+from sss_jax.data.faults import FileFault
 from sss_jax.data.generated import PREFIX, GeneratedSource
 from sss_jax.data.load import Stack, load_scan
 from sss_jax.data.prepared import is_prepared
@@ -23,6 +26,11 @@ class Source(Protocol):
 
     def read(self, case: Case, num_classes: int | None, options: DataOptions) -> Stack:
         """Return the slices of a case; see `load.Read`."""
+
+    def faults(
+        self, cases: Sequence[Case], num_classes: int | None, options: DataOptions
+    ) -> Iterator[tuple[Case, list[FileFault]]]:
+        """Yield cases, all or those in doubt, each with what is wrong with its files."""
 
 
 class FolderSource:
@@ -48,6 +56,12 @@ class FolderSource:
     def read(self, case: Case, num_classes: int | None, options: DataOptions) -> Stack:
         """Return the whole volume of a case, decoded."""
         return load_scan(case, num_classes, options)
+
+    def faults(
+        self, cases: Sequence[Case], num_classes: int | None, options: DataOptions
+    ) -> Iterator[tuple[Case, list[FileFault]]]:
+        """Read all cases once."""
+        return check.unusable(cases, options, num_classes)
 
 
 def open_source(data: str | Path, options: Options) -> Source:

@@ -80,19 +80,28 @@ def decided_by_lead(answer: bool) -> bool:
     return bool(multihost_utils.broadcast_one_to_all(np.asarray(answer)))
 
 
+def gathered(found: Any) -> list[Any]:
+    """Return what every process found, as plain JSON types; all of them must ask."""
+    if jax.process_count() == 1:
+        return [found]
+    from jax.experimental import multihost_utils
+
+    own = np.frombuffer(json.dumps(found).encode(), np.uint8)
+    sizes = multihost_utils.process_allgather(np.array(own.size))
+    padded = np.pad(own, (0, int(max(sizes)) - own.size))
+    rows = multihost_utils.process_allgather(padded)
+    return [json.loads(row[:size].tobytes()) for row, size in zip(rows, sizes, strict=True)]
+
+
 def refuse_differing(facts: Any) -> None:
     """Refuse to go on where processes were started with other settings or other data.
 
     Raises:
         ConfigError: in every process.
     """
-    if jax.process_count() == 1:
-        return
-    from jax.experimental import multihost_utils
-
-    digest = hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).digest()
-    all_PB = multihost_utils.process_allgather(np.frombuffer(digest, np.uint8))
-    differing = [i for i, row in enumerate(all_PB) if not np.array_equal(row, all_PB[0])]
+    said = json.dumps(facts, sort_keys=True, default=str).encode()
+    digests = gathered(hashlib.sha256(said).hexdigest())
+    differing = [i for i, digest in enumerate(digests) if digest != digests[0]]
     if differing:
         raise ConfigError(
             f"processes {differing} were started with other settings, another split or other "

@@ -17,7 +17,7 @@ from sss_jax.data.sources import Source, open_source
 from sss_jax.errors import Preempted
 from sss_jax.options import Options
 from sss_jax.ssl.volume import make_volume_function
-from sss_jax.train import hosts, run
+from sss_jax.train import bad_cases, hosts, run
 from sss_jax.train.checkpoint import Checkpointer
 from sss_jax.train.guard import NonFiniteGuard, StopSignal, WorkdirLock
 from sss_jax.train.log import MetricsLog, Progress
@@ -31,7 +31,12 @@ from sss_jax.train.validate import validate
 
 
 def train(
-    options: Options, data: str | Path, workdir: Path, *, fresh: bool = False
+    options: Options,
+    data: str | Path,
+    workdir: Path,
+    *,
+    fresh: bool = False,
+    skip_bad: bool = False,
 ) -> dict[str, Any]:
     """Train to the last step, resuming whatever `workdir` holds.
 
@@ -40,6 +45,8 @@ def train(
         data: folder with images, labels and a split file; a prepared folder; or `synthetic:`.
         workdir: run folder: checkpoints, metrics.jsonl, config.json, run.json.
         fresh: discard an earlier run in `workdir`.
+        skip_bad: begin without the cases that cannot be read; a run that goes on goes on without
+            those that it began without.
 
     Returns:
         Steps done, best validation Dice and its step, wall time of this call in seconds.
@@ -54,12 +61,19 @@ def train(
     workdir.mkdir(parents=True, exist_ok=True)
     with contextlib.ExitStack() as held, StopSignal() as stop:
         hosts.refuse_differing([__version__, options, split.digest])
+        begins = hosts.decided_by_lead(fresh or not (workdir / run.RUN).is_file())
+        bad = bad_cases.find(source, split, options) if begins else {}
 
         def open_folder() -> None:
             held.enter_context(WorkdirLock(workdir))
-            run.open_folder(workdir, options, split, source.name, fresh=fresh)
+            if begins:
+                bad_cases.settle(bad, workdir, skip=skip_bad)
+            used = split.without(bad_cases.left_out(workdir))
+            run.refuse_empty(options, used, source.name)
+            run.open_folder(workdir, options, used, source.name, fresh=fresh)
 
         hosts.led(open_folder)
+        split = split.without(bad_cases.left_out(workdir))
         with Checkpointer(workdir / "checkpoints") as checkpointer, hosts.losses_of_peers():
             return _Run(options, source, split, workdir, checkpointer, stop).to_the_end()
 

@@ -30,6 +30,8 @@ _FREE = (
     "train.nonfinite_limit",
 )
 _FREE_GROUPS = ("eval.", "mesh.")
+RUN = "run.json"
+"""File of a run folder; where it is, a run was begun."""
 
 
 def read_split(options: Options, source: Source) -> Split:
@@ -39,14 +41,23 @@ def read_split(options: Options, source: Source) -> Split:
         DataError: no labelled case, or no unlabelled case for a semi-supervised method.
     """
     split = source.split(options.data, options.train)
+    refuse_empty(options, split, source.name)
+    return split
+
+
+def refuse_empty(options: Options, split: Split, source: str) -> None:
+    """Refuse a split that lacks cases the method learns from.
+
+    Raises:
+        DataError: no labelled case, or no unlabelled case for a semi-supervised method.
+    """
     if not split.labelled:
-        raise DataError(f"{source.name}: {options.data.split} lists no labelled case")
+        raise DataError(f"{source}: {options.data.split} has no labelled case that can be used")
     if options.semi.enabled and not split.unlabelled:
         raise DataError(
-            f"{source.name}: {options.data.split} lists no unlabelled case, which "
+            f"{source}: {options.data.split} has no unlabelled case that can be used, which "
             f"{options.method} needs; add some or train with the method `supervised`"
         )
-    return split
 
 
 def identity(options: Options, split: Split) -> dict[str, Any]:
@@ -71,7 +82,7 @@ def open_folder(workdir: Path, options: Options, split: Split, data: str, *, fre
         CheckpointError: the folder holds another run.
         ConfigError: the folder has checkpoints of an unknown run.
     """
-    known = workdir / "run.json"
+    known = workdir / RUN
     if fresh:
         _discard(workdir)
     now = identity(options, split)
@@ -102,7 +113,7 @@ _SUBSETS = ("labelled", "unlabelled", "val", "test")
 
 def _discard(workdir: Path) -> None:
     """Remove what a run writes, and nothing else that a user may keep in the folder."""
-    for name in ("run.json", "config.json", "metrics.jsonl", "report.html"):
+    for name in (RUN, "config.json", "metrics.jsonl", "report.html"):
         (workdir / name).unlink(missing_ok=True)
     for name in ("checkpoints", "test", "tensorboard"):
         shutil.rmtree(workdir / name, ignore_errors=True)

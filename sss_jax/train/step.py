@@ -167,9 +167,8 @@ def make_train_step(
             bank = {"bank": found.bank} if found.bank else {}
             return bank | {"params": new, "ema": ema, "opt_state": opt_state}
 
-        new_state = apply_if_finite(
-            finite, update, {k: v for k, v in state.items() if k != "step"}
-        ) | {"step": step + 1}
+        current = {name: part for name, part in state.items() if name != "step"}
+        new_state = apply_if_finite(finite, update, current) | {"step": step + 1}
         metrics = found.aux | {"loss": found.loss, "grad_norm": grad_norm, "finite": finite}
         return new_state, metrics
 

@@ -12,6 +12,7 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from sss_jax.data.synthetic import write_phantoms
 from sss_jax.errors import CheckpointError, ConfigError, DataError, PeerLost
 from sss_jax.options import MeshOptions
 from sss_jax.train import hosts
@@ -39,6 +40,7 @@ def test_one_process_agrees_with_itself():
     assert hosts.decided_by_lead(True)
     assert not hosts.decided_by_lead(False)
     hosts.refuse_differing({"a": 1})
+    assert hosts.gathered({"a": [1]}) == [{"a": [1]}]
 
 
 def test_what_the_lead_cannot_do_is_raised():
@@ -117,8 +119,8 @@ def port():
 
 
 class Lab:
-    def __init__(self, folder, steps):
-        self.folder = folder
+    def __init__(self, folder, steps, data="synthetic:24x20x6,6"):
+        self.folder, self.data = folder, data
         (folder / "config.py").write_text(CONFIG.format(steps=steps))
 
     def start(self, name, processes, changes=()):
@@ -127,7 +129,7 @@ class Lab:
 
     def process(self, name, number, processes, meeting, changes):
         config = f"{self.folder / 'config.py'}:supervised"
-        words = train_command(config, "synthetic:24x20x6,6", self.folder / name, *changes)
+        words = train_command(config, self.data, self.folder / name, *changes)
         if processes > 1:
             words += ["--coordinator", meeting, "--processes", str(processes)]
             words += ["--process", str(number)]
@@ -219,3 +221,16 @@ def test_processes_with_other_settings_are_refused_by_all(tmp_path):
         assert code == 2
         assert "processes [1] were started with other settings" in said
     assert not (tmp_path / "torn" / "run.json").exists()
+
+
+@pytest.mark.slow
+def test_bad_files_that_several_processes_found_are_named_together(tmp_path):
+    data = tmp_path / "data"
+    write_phantoms(data)
+    split = json.loads((data / "split.json").read_text())
+    names = split["cases"]["labelled"][0], split["cases"]["val"][0]
+    for name in names:
+        (data / "images" / f"{name}.nii.gz").write_bytes(b"no image")
+    lab = Lab(tmp_path, steps=5, data=data)
+    told = [said for code, _, said in lab.finish(lab.start("bad", 2)) if code == 1]
+    assert sum(all(f"{name}.nii.gz" in said for name in names) for said in told) == 1
