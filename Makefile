@@ -10,8 +10,8 @@ demo: $(VENV)/.ready
 	$(BIN)/python -m sss_jax.benchmarks.demo $(DEMO)
 
 test: lint
-	# The longest files first, so that no core waits for the other at the end.
-	$(BIN)/python -m pytest -m "not slow" -n 2 --dist loadfile --no-loadscope-reorder tests/train/test_loop.py tests/train tests/ssl tests
+	# In the order of tests/conftest.py: the longest files first.
+	$(BIN)/python -m pytest -m "not slow" -n 2 --dist loadfile --no-loadscope-reorder
 
 test-slow: $(VENV)/.ready
 	$(BIN)/python -m pytest -m slow
