@@ -27,18 +27,26 @@ from sss_jax import config
 from sss_jax.atomic import write_text
 from sss_jax.benchmarks import result
 from sss_jax.benchmarks.demo import sss_jax
-from sss_jax.options import Options, SemiOptions
+from sss_jax.options import (
+    DFEOptions,
+    MemoryOptions,
+    Options,
+    PCSWOptions,
+    SemiOptions,
+)
 
 # Name of a row: method of the configuration, and what is switched beside it. "+" adds one
-# mechanism to UniMatch V2; sss has all of them.
+# mechanism to UniMatch V2; sss has all of them. "weak view": DFE compares with it, as in the paper.
 METHODS: dict[str, tuple[str, tuple[str, ...]]] = {
     "floor": ("supervised", ()),
     "fixmatch": ("fixmatch", ()),
     "unimatch_v2": ("unimatch_v2", ()),
     "+ DFE": ("unimatch_v2", ("dfe.enabled=true",)),
+    "+ DFE, weak view": ("unimatch_v2", ("dfe.enabled=true", "dfe.pair=weak_strong")),
     "+ PCSW": ("unimatch_v2", ("pcsw.enabled=true", "semi.labelled_prompts=mixed")),
     "+ memory": ("unimatch_v2", ("memory.kind=fifo",)),
     "sss": ("sss", ()),
+    "sss, weak view": ("sss", ("dfe.pair=weak_strong",)),
     "sss_sketch": ("sss_sketch", ()),
     "ceiling": ("supervised", ("train.all_labels=true",)),
 }
@@ -101,25 +109,37 @@ class Run:
 
 
 def _effective(options: Options) -> Options:
-    """Forget the settings of the unlabelled images where a run has none."""
-    if options.semi.enabled:
-        return options
-    names = ("enabled", "ema_decay", "labelled_prompts", "box_jitter")
-    kept = {name: getattr(options.semi, name) for name in names}
-    return dataclasses.replace(options, semi=SemiOptions(**kept))
+    """Forget settings that change no result: of parts that are off, and of how a run computes."""
+    model = dataclasses.replace(
+        options.model, remat=False, remat_keeps="nothing", loop_blocks=False, kernels="auto"
+    )
+    memory, dfe, pcsw, semi = options.memory, options.dfe, options.pcsw, options.semi
+    if not semi.enabled:
+        names = ("enabled", "ema_decay", "labelled_prompts", "box_jitter")
+        semi = SemiOptions(**{name: getattr(semi, name) for name in names})
+    return dataclasses.replace(
+        options,
+        model=model,
+        memory=dataclasses.replace(
+            MemoryOptions(kind="none") if memory.kind == "none" else memory, remat=False
+        ),
+        dfe=dataclasses.replace(dfe if dfe.enabled else DFEOptions(enabled=False), remat=False),
+        pcsw=pcsw if pcsw.enabled else PCSWOptions(enabled=False),
+        semi=semi,
+    )
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run what is missing and write the tables."""
     args = _arguments(argv)
     folders = dict(item.split("=", 1) for item in args.data)
-    rows = _read(args.output)
+    rows = result.rows_of(args.output)
     for run in plan(folders, args.labelled, args.methods, args.seeds, tuple(args.set)):
         if run.is_done(rows):
             continue
         workdir = args.workdir / run.folder
         row = measure(run, Path(folders[run.data]), workdir)
-        rows = [*_read(args.output), row]  # another process may have added to it
+        rows = [*result.rows_of(args.output), row]  # another process may have added to it
         result.write(args.output, "quality", rows)
         if not args.keep:
             shutil.rmtree(workdir)
@@ -261,18 +281,19 @@ def _minutes(seconds: list[float | None]) -> str:
 
 
 def recovered(groups: dict[tuple, list[dict[str, Any]]], key: tuple) -> str:
-    """Share of the gap between floor and ceiling, from the means over the seeds there are."""
+    """Share of the gap between floor and ceiling, at the method's seeds where they have them."""
     data, labelled, method, extra = key
     ends = [groups.get((data, labelled, "floor", extra)), groups.get((data, 0, "ceiling", extra))]
     if method in ("floor", "ceiling") or not all(ends):
         return ""
-    low, high = (statistics.fmean(row["test"]["dice"] for row in end) for end in ends if end)
-    own = statistics.fmean(row["test"]["dice"] for row in groups[key])
+    seeds = {row["seed"] for row in groups[key]}
+    low, high = (_dice([r for r in end if r["seed"] in seeds] or end) for end in ends if end)
+    own = _dice(groups[key])
     return f"{(own - low) / (high - low):+.0%}" if high > low else "no gap"
 
 
-def _read(path: Path) -> list[dict[str, Any]]:
-    return json.loads(path.read_text())["rows"] if path.is_file() else []
+def _dice(rows: list[dict[str, Any]]) -> float:
+    return statistics.fmean(row["test"]["dice"] for row in rows)
 
 
 if __name__ == "__main__":

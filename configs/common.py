@@ -24,6 +24,7 @@ def base(method: str) -> ConfigDict:
         config.semi.confidence = 0.0
         config.semi.dropout = False
         config.semi.labelled_prompts = "gt_mask"
+        config.dfe.pair = "weak_strong"
         config.dfe.merge = "replace"
     elif method != "sss":
         config.dfe.enabled = False

@@ -248,6 +248,6 @@ def _contradictions(options: Options) -> list[tuple[bool, str]]:
         ),
         (
             options.dfe.enabled and options.dfe.pair == "strong_strong" and options.semi.views == 1,
-            "dfe.pair=strong_strong needs semi.views=2",
+            "dfe.pair=strong_strong needs semi.views=2; with one view set dfe.pair=weak_strong",
         ),
     ]

@@ -154,7 +154,9 @@ class DFEOptions:
 
     enabled: bool = option(True, "use DFE")
     pair: str = option(
-        "weak_strong", "features that are compared", choices=("weak_strong", "strong_strong")
+        "strong_strong",
+        "views that are compared; the weak one tells the strong ones what they should find out",
+        choices=("strong_strong", "weak_strong"),
     )
     merge: str = option(
         "residual", "residual: F_s + F_adj; replace: F_adj", choices=("residual", "replace")

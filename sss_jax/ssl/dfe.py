@@ -6,8 +6,12 @@ Per feature level (SSS, Zhu et al. 2025, section 3.2):
     s = cos(mean of A, mean of B) over the image; w = sigmoid(s)
     F_adj = w * MLP(A) + (1 - w) * MLP(B) + (1 - s) * (B - A)
 
-P_a is the weak view and P_b the strong one. Convolution and MLP of a view do not depend on the
-other view, so a view that is compared twice is projected once. Parameters are plain dicts.
+P_b is a strong view and P_a the other strong view, or the weak one (`dfe.pair`). Convolution and
+MLP of a view do not depend on the other view, so a view that is compared twice is projected once.
+Parameters are plain dicts.
+
+Differs from the paper: it compares weak and strong views. What the weak view's features add is what
+the pseudo-label was made from, so the student learns to copy it, and at test time nothing adds it.
 """
 
 from typing import NamedTuple
@@ -17,7 +21,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from sss_jax.axes import Array, Float, Key, PyTree
-from sss_jax.models import layers
+from sss_jax.models import convolution, layers
 from sss_jax.models.repeats import recomputed
 from sss_jax.options import DFEOptions
 
@@ -104,13 +108,8 @@ def project(
     """
     dtype = features_BHWD.dtype if dtype is None else dtype
     low = jax.tree.map(lambda p: p.astype(dtype), params)
-    conv = lax.conv_general_dilated(
-        features_BHWD.astype(dtype),
-        low["conv"]["kernel"],
-        window_strides=(1, 1),
-        padding="SAME",
-        dimension_numbers=("NHWC", "HWIO", "NHWC"),
-    )
+    kernel = low["conv"]["kernel"]
+    conv = convolution.convolve(features_BHWD.astype(dtype), kernel, stride=1, padding=1)
     conv = layers.add_bias(conv, low["conv"]["bias"])
     x = conv
     for layer in range(_LAYERS):

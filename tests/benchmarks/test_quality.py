@@ -41,6 +41,7 @@ def test_every_method_is_a_valid_configuration():
     sketch = options["acdc", "sss_sketch"]
     assert (sketch.semi.teacher, sketch.semi.confidence) == ("student", 0.0)
     assert (sketch.dfe.merge, sketch.semi.dropout) == ("replace", False)
+    assert (sketch.dfe.pair, full.dfe.pair) == ("weak_strong", "strong_strong")
 
 
 def test_the_plan_goes_seed_by_seed_and_has_one_ceiling():
@@ -67,6 +68,28 @@ def test_a_run_is_done_only_with_the_very_same_settings():
     assert run.is_done([{**rows[0], "settings": json.dumps(settings)}])
 
 
+@pytest.mark.parametrize(
+    ("method", "changed", "same"),
+    [
+        ("floor", "dfe.pair=weak_strong", True),  # it has no DFE
+        ("floor", "semi.ramp_steps=7", True),
+        ("floor", "pcsw.tau=0.5", True),
+        ("floor", "memory.capacity=9", True),
+        ("floor", "optimizer.rate=0.1", False),
+        ("sss", "dfe.pair=weak_strong", False),
+        ("sss", "pcsw.tau=0.5", False),
+        ("sss", "memory.truncate=2", False),
+        ("sss", "semi.ramp_steps=7", False),
+        ("sss", "dfe.remat=true", True),  # the same numbers, computed again
+        ("sss", "model.loop_blocks=true", True),
+    ],
+)
+def test_settings_without_effect_make_no_other_run(method, changed, same):
+    other = row(method, 0.7)
+    run = Run("hippocampus", 1, method, 0, (changed,))
+    assert run.is_done([other]) == same
+
+
 def test_table_over_seeds():
     rows = [row("floor", 0.5), row("floor", 0.7, seed=1), row("ceiling", 0.9)]
     rows += [row("sss", 0.8), row("sss", 0.7, seed=1)]
@@ -77,6 +100,13 @@ def test_table_over_seeds():
     )
     assert "| hippocampus | 1 | sss | 2 | 0.750 ± 0.071 | 2.00 ± 0.00 | +50% |" in text
     assert "| hippocampus | all | ceiling | 1 | 0.900 |" in text
+
+
+def test_the_gap_is_that_of_the_seeds_a_method_has():
+    rows = [row("floor", 0.5), row("floor", 0.7, seed=1), row("ceiling", 0.9)]
+    text = quality.table([*rows, row("sss", 0.8, seed=1)])
+    assert "| sss | 1 | 0.800 | 2.00 | +50% |" in text  # of 0.7 to 0.9; the ceiling has seed 0
+    assert "| +67% |" in quality.table([*rows, row("sss", 0.766667)])
 
 
 def test_no_gap_is_said():

@@ -132,6 +132,7 @@ def test_lifted_weak_features_change_the_pseudo_labels_alone(micro):
         memory=dataclasses.replace(options.memory, kind="none"),
         strong=dataclasses.replace(options.strong, cutmix=0.0),
         semi=dataclasses.replace(options.semi, views=1, dropout=False, labelled_prompts="none"),
+        dfe=dataclasses.replace(options.dfe, pair="weak_strong"),
     )
     lift = dataclasses.replace(plain, dfe=dataclasses.replace(plain.dfe, enhance_weak=True))
     params = jax.jit(lambda k: init_all_params(model, options, k))(root_key(0))
