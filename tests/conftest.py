@@ -1,18 +1,20 @@
 """Strict JAX settings and eight virtual devices for every test."""
 
+import gc
 import os
 from pathlib import Path
 
-# Programs of tests run for milliseconds: compiling them without optimisation takes half the time.
-os.environ.setdefault(
-    "XLA_FLAGS",
-    "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0",
-)
+from tests.processes import COMPILE_QUICKLY
+
+os.environ.setdefault("XLA_FLAGS", f"--xla_force_host_platform_device_count=8 {COMPILE_QUICKLY}")
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import jax
 import pytest
 
+from sss_jax.cli import COLLECT
+
+gc.set_threshold(*COLLECT)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_default_matmul_precision", "highest")

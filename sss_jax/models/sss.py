@@ -3,6 +3,7 @@
 Source: SSS (Zhu et al. 2026).
 """
 
+import functools
 from typing import NamedTuple
 
 import flax.linen as nn
@@ -214,14 +215,16 @@ def with_kernels(options: Options, platform: str) -> bool:
     return options.model.kernels == "on"
 
 
+@functools.partial(jax.jit, static_argnums=0)
 def init_params(model: SSSModel, key: Key[Array, ""]) -> PyTree:
     """Draw float32 parameters as a plain nested dict.
 
-    Their shapes do not depend on the image size, so the smallest image is traced.
+    Their shapes do not depend on the image size, so the smallest image is traced, and once: shapes
+    and values of the same model share the trace.
     """
     side = model.config.size_multiple
     image = jnp.zeros((1, side, side, 1))
     prompts = no_prompts(1, model.num_classes)
     shapes = jax.eval_shape(model.init, key, image, prompts)["params"]
     std = {"class_tokens": model.class_token_std}
-    return jax.jit(lambda k: draw_all(k, shapes, std))(key)
+    return draw_all(key, shapes, std)

@@ -133,10 +133,9 @@ class Lab:
         if processes > 1:
             words += ["--coordinator", meeting, "--processes", str(processes)]
             words += ["--process", str(number)]
-        fast = "--xla_backend_optimization_level=0"
         return subprocess.Popen(
             words,
-            env=environment(self.folder / "cache", XLA_FLAGS=fast),
+            env=environment(self.folder / "cache"),
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,

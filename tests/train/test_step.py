@@ -16,6 +16,8 @@ from sss_jax.train.state import count_params, init_all_params, state_of
 from sss_jax.train.step import Gradients, _accumulate, make_train_step, root_key
 from tests.small_networks import with_memory
 
+NUDGES = 8
+
 
 def with_train(options, **changes):
     return dataclasses.replace(options, train=dataclasses.replace(options.train, **changes))
@@ -54,13 +56,15 @@ def results(start):
         "pmap": make_driver(model, pmap, optimizer, state),
     }
     found = {name: run(driver, state, batch, 2) for name, driver in drivers.items()}
-    found["nudged"] = run(drivers["one"], state, nudge(batch), 1)
+    expected = found["one"][2][0]
+    nudged = [run(drivers["one"], state, nudge(batch, seed), 1)[2][0] for seed in range(NUDGES)]
+    found["rounding"] = max(distance(grads, expected) for grads in nudged)
     return found, drivers
 
 
-def nudge(batch):
+def nudge(batch, seed):
     """Move every pixel to the next float32 number, up or down: the least there is to change."""
-    way = np.random.default_rng(0)
+    way = np.random.default_rng(seed)
 
     def move(x):
         ends = np.where(way.random(x.shape) < 0.5, 0.0, 2.0).astype(np.float32)
@@ -86,9 +90,9 @@ def test_eight_devices_take_the_step_of_one(results, name):
             )
     # A device convolves and sums its share of the batch in another order, and a value next to the
     # kink of a ReLU may fall on its other side. How much rounding alone moves this gradient is
-    # measured beside it, by the least possible change of the input.
-    total = expected_metrics[0]["grad_norm"]
-    rounding = distance(results[0]["nudged"][2][0], expected[0])
+    # measured beside it, by the least possible changes of the input: a few values do lie so close
+    # to a kink, and each change carries some of them over.
+    total, rounding = expected_metrics[0]["grad_norm"], results[0]["rounding"]
     assert rounding <= 1e-4 * total
     assert distance(grads[0], expected[0]) <= max(1e-5 * total, 2 * rounding)
     for path, value in jax.tree_util.tree_leaves_with_path(expected[0]):
