@@ -111,7 +111,7 @@ def _blur(image_BSHW: Tensor, options: StrongOptions, generator: Generator) -> T
 
 
 def paste(x_BSHW: Tensor, box_B4: Tensor) -> Tensor:
-    """Paste each clip's box from the clip at the mirrored place; further axes may follow S."""
+    """Paste each clip's box from the clip beside it; further axes may follow S."""
     height, width = x_BSHW.shape[-2:]
     y = (torch.arange(height, device=box_B4.device) + 0.5) / height
     x = (torch.arange(width, device=box_B4.device) + 0.5) / width
@@ -119,4 +119,5 @@ def paste(x_BSHW: Tensor, box_B4: Tensor) -> Tensor:
     rows, columns = (y0 <= y) & (y < y1), (x0 <= x) & (x < x1)
     mask_BHW = rows[:, :, None] & columns[:, None, :]
     mask = mask_BHW.view(len(mask_BHW), *[1] * (x_BSHW.ndim - 3), height, width)
-    return torch.where(mask, x_BSHW.flip(0), x_BSHW)
+    beside = (torch.arange(len(x_BSHW), device=x_BSHW.device) ^ 1).clamp(max=len(x_BSHW) - 1)
+    return torch.where(mask, x_BSHW[beside], x_BSHW)

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 
 from sss_jax.axes import Array, Int, PyTree
 
-__all__ = ["Axis", "axis_index", "axis_size", "gather", "pmean", "psum", "reverse_batch", "rows"]
+__all__ = ["Axis", "axis_index", "axis_size", "gather", "pmean", "psum", "rows", "swap_neighbours"]
 
 Axis = str | tuple[str, ...]
 """Name of the device axis; several names together count as one axis, the last one fastest."""
@@ -53,10 +53,27 @@ def rows(batch: int, axis: Axis | None) -> Int[Array, " B"]:
 
 
 @jax.named_scope("cutmix_partner")
-def reverse_batch(tree: PyTree, axis: Axis | None) -> PyTree:
-    """Reverse the global batch: row g of every leaf becomes row G - 1 - g."""
-    flipped = jax.tree.map(lambda x: jnp.flip(x, 0), tree)
-    if axis is None:
-        return flipped
-    last = axis_size(axis) - 1
-    return jax.lax.ppermute(flipped, axis, [(i, last - i) for i in range(last + 1)])
+def swap_neighbours(tree: PyTree, axis: Axis | None) -> PyTree:
+    """Exchange rows 0 and 1, 2 and 3, ... of the global batch; the last of an odd number stays.
+
+    A device with an even number of rows has both of every pair. With an odd number it sends one
+    row to a device beside it, whatever the number of devices.
+    """
+    return jax.tree.map(lambda x: _swap(x, axis), tree)
+
+
+def _swap(x: Array, axis: Axis | None) -> Array:
+    if len(x) % 2 == 0:
+        return _swap_pairs(x)
+    second = axis_index(axis) % 2 == 1  # its first row belongs to the device before it
+    edge = jnp.where(second, x[:1], x[-1:])
+    if axis is not None:
+        last = axis_size(axis) - 1
+        edge = jax.lax.ppermute(edge, axis, [(i, min(i ^ 1, last)) for i in range(last + 1)])
+    first_of_pair = jnp.concatenate([_swap_pairs(x[:-1]), edge])
+    second_of_pair = jnp.concatenate([edge, _swap_pairs(x[1:])])
+    return jnp.where(second, second_of_pair, first_of_pair)
+
+
+def _swap_pairs(x: Array) -> Array:
+    return jnp.flip(x.reshape(len(x) // 2, 2, *x.shape[1:]), 1).reshape(x.shape)

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sss_jax.parallel import axis_index, axis_size, pmean, psum, reverse_batch, rows
+from sss_jax.parallel import axis_index, axis_size, pmean, psum, rows, swap_neighbours
 
 DEVICES = 8
 
@@ -32,27 +32,41 @@ def test_without_axis_nothing_changes(tree):
     np.testing.assert_array_equal(rows(5, None), np.arange(5))
 
 
-def test_reverse_batch_reverses_the_global_batch(tree):
-    expected = {name: x[::-1] for name, x in tree.items()}
-    whole = reverse_batch(tree, None)
-    parts = jax.pmap(lambda t: reverse_batch(t, "data"), axis_name="data")(
-        jax.tree.map(shards, tree)
-    )
-    for name, x in expected.items():
-        np.testing.assert_array_equal(whole[name], x)
-        np.testing.assert_array_equal(np.asarray(parts[name]).reshape(x.shape), x)
-        assert parts[name].dtype == tree[name].dtype
+@pytest.mark.parametrize("devices", [1, 2, 3, 8])
+@pytest.mark.parametrize("each", [1, 2, 3, 4])
+def test_neighbours_change_places_on_any_number_of_devices(devices, each):
+    count = devices * each
+    tree = {"image": np.arange(3 * count, dtype=np.float32).reshape(count, 3)}
+    tree["valid"] = np.arange(count) % 3 == 0
+    partner = [min(i ^ 1, count - 1) for i in range(count)]
+    whole = swap_neighbours(tree, None)
+    parts = jax.pmap(
+        lambda t: swap_neighbours(t, "data"), axis_name="data", devices=jax.devices()[:devices]
+    )(jax.tree.map(lambda x: x.reshape(devices, each, *x.shape[1:]), tree))
+    for name, x in tree.items():
+        np.testing.assert_array_equal(whole[name], x[partner])
+        np.testing.assert_array_equal(np.asarray(parts[name]).reshape(x.shape), x[partner])
+        assert parts[name].dtype == x.dtype
 
 
-def test_reverse_batch_passes_gradients_to_the_partner():
+@pytest.mark.parametrize(("each", "sent"), [(1, 1), (2, 0), (3, 1), (4, 0)])
+def test_pairs_stay_on_a_device_where_they_can(each, sent):
+    swap = jax.pmap(lambda x: swap_neighbours(x, "data"), axis_name="data")
+    text = str(jax.make_jaxpr(swap)(jnp.zeros((DEVICES, each, 5))))
+    assert text.count("ppermute") == sent
+    assert sent == 0 or "f32[1,5] = ppermute" in text, "one row"
+
+
+def test_gradients_go_to_the_neighbour():
     x, weight = jnp.arange(8.0), jnp.arange(8.0) ** 2
 
     def loss(x_B, weight_B):
-        return psum(jnp.sum(reverse_batch(x_B, "data") * weight_B), "data")
+        return psum(jnp.sum(swap_neighbours(x_B, "data") * weight_B), "data")
 
     gradient = jax.pmap(jax.grad(loss), axis_name="data")(shards(x), shards(weight))
     # n times the gradient: see the module's docstring.
-    np.testing.assert_allclose(np.asarray(gradient).ravel() / DEVICES, weight[::-1], rtol=1e-6)
+    expected = weight[jnp.arange(8) ^ 1]
+    np.testing.assert_allclose(np.asarray(gradient).ravel() / DEVICES, expected, rtol=1e-6)
 
 
 def test_collectives_over_eight_devices(tree):

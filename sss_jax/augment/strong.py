@@ -164,7 +164,7 @@ def paste(mask_BHW: Bool[Array, "B H W"], a: Array, b: Array, axes: str | None =
     Args:
         mask_BHW: one raster per clip.
         a: array of the clip.
-        b: the same array of its partner (`parallel.reverse_batch`).
+        b: the same array of its partner (`parallel.swap_neighbours`).
         axes: letters of both arrays' axes; None: "BHW", "BSHW" or "BSHWC" by their number. An
             image batch with channels has to say "BHWC".
 

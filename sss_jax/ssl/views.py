@@ -10,7 +10,7 @@ from sss_jax.augment.strong import box_mask, cutmix_box, paste, photometric
 from sss_jax.augment.weak import weak_view
 from sss_jax.axes import Array, Bool, Float, Int, Key
 from sss_jax.options import Options
-from sss_jax.parallel import Axis, reverse_batch
+from sss_jax.parallel import Axis, swap_neighbours
 
 
 class LabelledView(NamedTuple):
@@ -65,13 +65,13 @@ def unlabelled_views(
 
 
 def mix(box_B4: Float[Array, "B 4"], x: Array, axis: Axis | None) -> Array:
-    """Paste each clip's box from its CutMix partner, the clip at the mirrored batch position.
+    """Paste each clip's box from its CutMix partner, the clip beside it in the batch.
 
     Works on arrays [B, S, H, W] or [B, S, H, W, C] of any resolution: images, pseudo-labels,
     confidences and feature maps are all cut along the same box.
     """
     mask = box_mask(box_B4, x.shape[2], x.shape[3])
-    return paste(mask, x, reverse_batch(x, axis))
+    return paste(mask, x, swap_neighbours(x, axis))
 
 
 def _strong_view(

@@ -118,7 +118,7 @@ def _over_mesh(
     net = cuts["ema"] if options.semi.teacher == "ema" else cuts["params"]["net"]
     held = {"params": cuts["params"], "ema": net}
     exchange = Exchange(
-        whole=lambda shards: sharding.whole(shards, held),
+        whole=lambda shards: sharding.whole(shards, held, options.model.dtype),
         reduce=lambda gradients: sharding.reduce(gradients, cuts["params"]),
     )
     everywhere: Any = P()

@@ -98,10 +98,14 @@ def specs(tree: PyTree, mesh: Mesh) -> PyTree:
     ways = mesh.shape[FSDP]
 
     def spec(path: tuple[Any, ...], leaf: Any) -> P:
-        axis = _cut(jax.tree_util.keystr(path, simple=True, separator="/"), leaf.shape, ways)
+        axis = _cut(_name(path), leaf.shape, ways)
         return P() if axis is None else P(*(FSDP if i == axis else None for i in range(axis + 1)))
 
     return jax.tree_util.tree_map_with_path(spec, tree)
+
+
+def _name(path: tuple[Any, ...]) -> str:
+    return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
 def _cut(path: str, shape: tuple[int, ...], ways: int) -> int | None:
@@ -137,14 +141,27 @@ def batch_specs(batch: PyTree, *, rows: bool = True) -> PyTree:
 
 
 @jax.named_scope("gather_parameters")
-def whole(shards: PyTree, cuts: PyTree) -> PyTree:
-    """Put parameters together from what the devices of `fsdp` hold; inside `shard_map`."""
+def whole(shards: PyTree, cuts: PyTree, dtype: str) -> PyTree:
+    """Put parameters together from what the devices of `fsdp` hold; inside `shard_map`.
 
-    def join(spec: P, leaf: jax.Array) -> jax.Array:
+    Kernels take part in the computation in its own type alone, so they are sent in it: the same
+    numbers, and in bfloat16 half of the bytes. They arrive in the type they are held in, so that
+    gradients of several uses still add up in float32.
+
+    Args:
+        shards: the parameters of a device.
+        cuts: their specs.
+        dtype: type of the computation.
+    """
+
+    def join(path: tuple[Any, ...], spec: P, leaf: jax.Array) -> jax.Array:
         axis = _cut_axis(spec)
-        return leaf if axis is None else jax.lax.all_gather(leaf, FSDP, axis=axis, tiled=True)
+        if axis is None:
+            return leaf
+        sent = leaf.astype(dtype) if _name(path).endswith("kernel") else leaf
+        return jax.lax.all_gather(sent, FSDP, axis=axis, tiled=True).astype(leaf.dtype)
 
-    return jax.tree.map(join, cuts, shards, is_leaf=_is_spec)
+    return jax.tree_util.tree_map_with_path(join, cuts, shards, is_leaf=_is_spec)
 
 
 @jax.named_scope("reduce_gradients")

@@ -15,7 +15,7 @@ from sss_jax.augment.keys import example_keys
 from sss_jax.augment.strong import box_mask, cutmix_box, paste, photometric
 from sss_jax.errors import ConfigError
 from sss_jax.options import StrongOptions
-from sss_jax.parallel import reverse_batch
+from sss_jax.parallel import swap_neighbours
 
 OFF = StrongOptions(jitter=0.0, blur=0.0, cutmix=0.0)
 
@@ -259,7 +259,7 @@ def test_strong_view_is_the_same_on_eight_devices():
         keys = example_keys(root, id_B)
         changed = jax.vmap(lambda k, x: photometric(k, x, StrongOptions()))(keys, image_B)
         box = jax.vmap(lambda k: cutmix_box(k, options(cutmix=1.0)))(keys)
-        return paste(box_mask(box, 8, 8), changed, reverse_batch(changed, axis))
+        return paste(box_mask(box, 8, 8), changed, swap_neighbours(changed, axis))
 
     whole = np.asarray(jax.jit(lambda i, x: strong(i, x, None))(ids, image))
     split = jax.pmap(lambda i, x: strong(i, x, "data"), axis_name="data")(

@@ -24,13 +24,13 @@ def features(seed):
 
 
 def pasted(x, box):
-    """The mirrored clip's pixels within a box, drawn pixel by pixel."""
+    """The neighbouring clip's pixels within a box, drawn pixel by pixel."""
     x, out = np.asarray(x), np.array(x)
     for b, i, j in np.ndindex(x.shape[:3]):
         y, col = (i + 0.5) * SIDE / x.shape[1], (j + 0.5) * SIDE / x.shape[2]
         y0, x0, y1, x1 = box[b]
         if y0 <= y < y1 and x0 <= col < x1:
-            out[b, i, j] = x[CLIPS - 1 - b, i, j]
+            out[b, i, j] = x[b ^ 1, i, j]
     return jnp.asarray(out)
 
 

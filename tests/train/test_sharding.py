@@ -1,5 +1,8 @@
 """Where arrays lie: the rules, the mesh, and that nothing is lost on the way."""
 
+import dataclasses
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,8 +11,11 @@ from jax.sharding import PartitionSpec as P
 
 from sss_jax.errors import ConfigError
 from sss_jax.options import MeshOptions, TrainOptions
+from sss_jax.ssl.weak_to_strong import sss_loss
 from sss_jax.train import sharding
 from sss_jax.train.state import init_all_params
+from sss_jax.train.step import root_key
+from tests.small_networks import with_memory
 
 CUT = {
     "net/block/attention/kernel": ((64, 192), P(None, "fsdp")),
@@ -109,7 +115,7 @@ def test_whole_and_reduce_are_the_average_over_devices():
     clips = jnp.arange(8.0)
 
     def device(shards, x):
-        everything = sharding.whole(shards, cuts)
+        everything = sharding.whole(shards, cuts, "float32")
         gradients = jax.tree.map(lambda p: p * x[0], everything)
         return sharding.reduce(gradients, cuts)
 
@@ -127,6 +133,52 @@ def test_whole_and_reduce_are_the_average_over_devices():
     text = jax.jit(over).lower(placed, clips).as_text()
     assert "reduce_scatter" in text
     assert "all_gather" in text
+
+
+def test_kernels_are_sent_in_the_type_of_the_computation():
+    mesh = sharding.make_mesh(MeshOptions(fsdp=8), jax.devices())
+    values = jnp.arange(64.0 * 128).reshape(64, 128) + 0.1
+    params = {"kernel": values, "embedding": values}
+    cuts = sharding.specs(params, mesh)
+    gather = jax.jit(
+        jax.shard_map(
+            lambda shards: sharding.whole(shards, cuts, "bfloat16"),
+            mesh=mesh,
+            in_specs=(cuts,),
+            out_specs=P(),
+            check_vma=False,
+        )
+    )
+    found = gather(jax.device_put(params, sharding.place(cuts, mesh)))
+    np.testing.assert_array_equal(found["kernel"], values.astype(jnp.bfloat16).astype(jnp.float32))
+    np.testing.assert_array_equal(found["embedding"], values)
+    text = gather.lower(params).as_text()
+    sent = re.findall(r"all_gather.*: \(tensor<64x16x(\w+)>\)", text)
+    assert sorted(sent) == ["bf16", "f32"]
+
+
+@pytest.mark.parametrize("memory", ["none", pytest.param("fifo", marks=pytest.mark.slow)])
+def test_the_loss_reads_kernels_in_the_type_of_the_computation_alone(micro, memory):
+    """So sending them in it changes no bit; other parameters it reads in float32."""
+    model, options, batch = with_memory(micro, memory)
+    model = model.clone(config=dataclasses.replace(model.config, dtype="bfloat16"))
+    params = jax.jit(lambda k: init_all_params(model, options, k))(root_key(0))
+
+    @jax.jit
+    def loss(params):
+        out = sss_loss(
+            params, params["net"], batch, root_key(1), jnp.int32(0), model=model, options=options
+        )
+        return out[0]
+
+    def rounded(names):
+        def low(path, x):
+            chosen = path[-1].key.endswith(names)
+            return x.astype(jnp.bfloat16).astype(x.dtype) if chosen else x
+
+        return jax.tree_util.tree_map_with_path(low, params)
+
+    assert loss(params) == loss(rounded("kernel")) != loss(rounded("embedding"))
 
 
 def test_rows_are_cut_only_in_images():
