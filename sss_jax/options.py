@@ -188,6 +188,9 @@ class SemiOptions:
     )
     unlabelled_dice: bool = option(False, "add Dice on the confident pixels")
     dropout: bool = option(True, "complementary channel dropout between the two strong views")
+    encoder_gradient: bool = option(
+        True, "the unlabelled loss trains the image encoder too; false: only what follows it"
+    )
     labelled_prompts: str = option(
         "mixed",
         "prompts of the labelled branch",

@@ -84,10 +84,7 @@ def sss_loss(
         images += [view.image_BSHWC for view in views.strong]
         masks += [mask] * len(views.strong)
 
-    # Labelled images and strong views pass the encoder, and later the decoder, in one call.
-    sizes = [image.shape[0] * image.shape[1] for image in images]
-    encoded = student.encode(join([clips_to_images(image) for image in images]))
-    features, *strong = cut(encoded, sizes)
+    features, *strong = _encode(student, images, options.semi)
     enhanced: list[Features] = []
     volumes: list[Array] = []
     if options.semi.enabled:
@@ -113,6 +110,21 @@ def sss_loss(
         if options.pcsw.enabled:
             aux["prompts_valid"] = pseudo.prompts_valid
     return loss, aux if new_bank is None else aux | {"bank": new_bank}
+
+
+def _encode(student: Network, images: list[Array], semi: SemiOptions) -> list[Features]:
+    """Encode the labelled images and the strong views, in one call, as the decoder will take them.
+
+    Where the unlabelled loss does not train the encoder, the views pass it apart: nothing of them
+    is kept for a backward pass, and there is none.
+    """
+    sizes = [image.shape[0] * image.shape[1] for image in images]
+    stacked = [clips_to_images(image) for image in images]
+    if semi.encoder_gradient or len(images) == 1:
+        return cut(student.encode(join(stacked)), sizes)
+    frozen = Network(student.model, jax.lax.stop_gradient(student.net))
+    views = frozen.encode(join(stacked[1:]))
+    return [student.encode(stacked[0]), *cut(views, sizes[1:])]
 
 
 class _Recalls(NamedTuple):

@@ -7,8 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from sss_jax import flops
 from sss_jax.options import SemiOptions
 from sss_jax.ssl.network import Network
+from sss_jax.ssl.prompts import clips_to_images
 from sss_jax.ssl.pseudo_labels import make_pseudo_labels
 from sss_jax.ssl.views import mix, unlabelled_views
 from sss_jax.ssl.weak_to_strong import _ramp, sss_loss
@@ -122,6 +124,39 @@ def test_no_confident_pixel_no_loss(micro):
     assert all(not np.any(leaf) for leaf in jax.tree.leaves(grads))
 
 
+def test_the_unlabelled_loss_may_stop_before_the_encoder(micro):
+    """Then its gradient there is exactly 0, and the backward pass through it is not computed."""
+    model, options, batch = micro
+    options = dataclasses.replace(
+        options,
+        pcsw=dataclasses.replace(options.pcsw, enabled=False),
+        memory=dataclasses.replace(options.memory, kind="none"),
+        semi=dataclasses.replace(options.semi, labelled_prompts="none"),
+    )
+    params = jax.jit(lambda k: init_all_params(model, options, k))(root_key(0))
+
+    def gradient(trained):
+        semi = dataclasses.replace(options.semi, encoder_gradient=trained)
+        own = dataclasses.replace(options, semi=semi)
+
+        def unlabelled(params):
+            key, step = root_key(1), jnp.int32(0)
+            found = sss_loss(params, params["net"], batch, key, step, model=model, options=own)
+            return found[1]["loss_unlabelled"]
+
+        return jax.grad(unlabelled)
+
+    frozen = jax.jit(gradient(False))(params)
+    encoder = frozen["net"]["sam2"].pop("image_encoder")
+    assert all(not np.any(leaf) for leaf in jax.tree.leaves(encoder))
+    assert np.any(frozen["net"]["class_tokens"])
+    assert all(map(np.any, jax.tree.leaves(frozen["dfe"]["level_16"])))
+    strong = jnp.concatenate([clips_to_images(batch["unlabelled"]["image"])] * 2)
+    forward = flops.count(lambda p: Network(model, p).encode(strong), params["net"])
+    every, few = (flops.count(gradient(trained), params) for trained in (True, False))
+    assert every - few == pytest.approx(2 * forward, rel=0.1)
+
+
 @pytest.mark.slow
 def test_lifted_weak_features_change_the_pseudo_labels_alone(micro):
     """`enhance_weak`: the labelled side stays; a DFE that adds nothing changes nothing."""
@@ -168,7 +203,7 @@ def test_views_are_aligned_and_mixed(micro):
         columns = (centre >= x0[:, None]) & (centre < x1[:, None])
         box = rows[:, :, None] & columns[:, None, :]
         assert box.any()
-        expected = np.where(box[:, None, :, :, None], weak[::-1], weak)
+        expected = np.where(box[:, None, :, :, None], weak[np.arange(8) ^ 1], weak)
         np.testing.assert_array_equal(view.image_BSHWC, expected)
     first, second = (np.asarray(view.box_B4) for view in views.strong)
     assert not np.array_equal(first, second)
