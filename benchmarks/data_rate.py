@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 
+from sss_jax import process
 from sss_jax.benchmarks import result
 from sss_jax.benchmarks.request import Measured, Request
 from sss_jax.data.examples import place
@@ -67,6 +68,8 @@ class Work:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Measure and write."""
+    if argv is None:
+        process.set_up()  # as `sss-jax train` does
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument(
         "--data", nargs="+", required=True, metavar="FOLDER=SIZE[,SIZE]", help="sizes in pixels"
@@ -88,6 +91,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         **measured.more,
         settings={"clip_slices": CLIP, "labelled": LABELLED, "unlabelled": UNLABELLED},
         cores_allowed=len(os.sched_getaffinity(0)),
+        keeps_freed_memory=argv is None,
         malloc=os.environ.get("GLIBC_TUNABLES"),
     )
     return 0

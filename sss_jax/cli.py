@@ -7,7 +7,6 @@ the verbs, so that `-h` answers at once and configuration errors come before any
 
 import argparse
 import contextlib
-import gc
 import json
 import os
 import sys
@@ -15,23 +14,24 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from sss_jax import __version__, cli_bench, cli_launch
+from sss_jax import __version__, cli_bench, cli_launch, process
 from sss_jax.errors import ConfigError, PeerLost, SSSError
 
 _OVERRIDE = "--config."
-COLLECT = (200_000, 50, 100)
-"""Thresholds of Python's collector. Tracing makes millions of objects that stay, and the usual ones
-let it look through them again and again: a fifth of the time until the first step."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one verb and return its exit code."""
+    """Run one verb and return its exit code.
+
+    Without `argv` the process is ours alone, and set up to compute.
+    """
+    if argv is None:
+        process.set_up()
     words = list(sys.argv[1:] if argv is None else argv)
     overrides = [word.removeprefix(_OVERRIDE) for word in words if word.startswith(_OVERRIDE)]
     parser = build_parser()
     args = parser.parse_args([word for word in words if not word.startswith(_OVERRIDE)])
     args.overrides = overrides
-    gc.set_threshold(*COLLECT)
     try:
         if overrides and not {"config", "train"} & set(vars(args)):
             raise ConfigError(f"{_OVERRIDE}{overrides[0]} does not apply to `{args.verb}`")

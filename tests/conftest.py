@@ -12,7 +12,7 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 import jax
 import pytest
 
-from sss_jax.cli import COLLECT
+from sss_jax.process import COLLECT
 
 gc.set_threshold(*COLLECT)
 jax.config.update("jax_numpy_rank_promotion", "raise")

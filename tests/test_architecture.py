@@ -10,7 +10,7 @@ PACKAGE = ROOT / "sss_jax"
 
 # Rooms in the order in which they may import: a module imports from its own rank or a lower one.
 ORDER = [
-    {"errors", "options", "axes", "atomic", "png"},
+    {"errors", "options", "axes", "atomic", "process", "png"},
     {"config", "parallel", "compiling", "flops", "hlo", "topology", "roofline"},
     {"data"},
     {"augment"},

@@ -1,0 +1,39 @@
+"""Both ways take the same steps, or there is no result."""
+
+import json
+
+import pytest
+
+from sss_jax.benchmarks import kept_memory
+
+RUN = {"seconds": [2.0, 4.0], "faults": [70, 90], "losses": [3.0, 2.0, 1.0], "peak_mib": 100}
+KEPT = RUN | {"seconds": [1.0, 2.0], "faults": [0, 1], "peak_mib": 90}
+
+
+@pytest.fixture
+def runs(monkeypatch):
+    """What the processes of each way answer."""
+    found = {"usual": RUN, "kept": KEPT}
+    monkeypatch.setattr(kept_memory, "_run", lambda way, *rest: found[way])
+    return found
+
+
+def test_a_row_compares_medians(runs, tmp_path, capsys):
+    assert kept_memory.main(["-o", str(tmp_path / "a.json")]) == 0
+    (row,) = json.loads((tmp_path / "a.json").read_text())["rows"]
+    assert row == json.loads(capsys.readouterr().out)
+    assert row["speedup"] == 2
+    assert (row["usual_faults"], row["kept_faults"]) == (90, 1)
+    assert (row["usual_peak_mib"], row["kept_peak_mib"]) == (100, 90)
+
+
+def test_other_losses_are_no_result(runs):
+    runs["kept"] = KEPT | {"losses": [3.0, 2.0, 1.1]}
+    with pytest.raises(SystemExit, match="losses differ"):
+        kept_memory.main([])
+
+
+def test_a_process_that_fails_is_no_result(capfd):
+    with pytest.raises(SystemExit, match="ended with 1"):
+        kept_memory.compare("none", [], 1, 1)
+    assert "no configuration" in capfd.readouterr().err
