@@ -33,7 +33,11 @@ from sss_jax.train.state import init_all_params, state_of
 from sss_jax.train.step import root_key
 
 DEVICES = 8
-FLAGS = f"--xla_force_host_platform_device_count={DEVICES} --xla_backend_optimization_level=0"
+FLAGS = (
+    f"--xla_force_host_platform_device_count={DEVICES} "
+    "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true "
+    "--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
+)
 """Settings of XLA that the counters belong to; those of the tests."""
 METHODS = ("supervised", "fixmatch", "unimatch_v2", "sss")
 PARTS = (

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from sss_jax.benchmarks import counters, schema
+from tests.processes import COMPILE_QUICKLY
 
 FILE = Path(__file__).parents[1] / "golden" / "counters.json"
 GOLDEN = json.loads(FILE.read_text())
@@ -54,6 +55,12 @@ def test_operations_are_exact_and_bytes_have_slack():
     assert counters.changes({**same, "bytes": 1021}, golden) == ["x: bytes was 1000, is 1021"]
     assert counters.changes({**same, "fusions": 52}, golden) == ["x: fusions was 50, is 52"]
     assert counters.changes({"name": "y"}, golden) == ["y is not in the file"]
+
+
+def test_the_counters_are_those_of_these_tests():
+    """Or all of them would be skipped, and nothing held."""
+    assert counters.FLAGS.endswith(COMPILE_QUICKLY)
+    assert GOLDEN["flags"] == counters.FLAGS
 
 
 def test_another_version_is_skipped_and_said(monkeypatch):
