@@ -36,7 +36,8 @@ from sss_jax.options import (
 )
 
 # Name of a row: method of the configuration, and what is switched beside it. "+" adds one
-# mechanism to UniMatch V2; sss has all of them. "weak view": DFE compares with it, as in the paper.
+# mechanism to UniMatch V2; sss has all of them. "weak view": DFE compares with it, as in the paper;
+# "no stride 4": DFE leaves the finest features as they are.
 METHODS: dict[str, tuple[str, tuple[str, ...]]] = {
     "floor": ("supervised", ()),
     "fixmatch": ("fixmatch", ()),
@@ -47,6 +48,7 @@ METHODS: dict[str, tuple[str, tuple[str, ...]]] = {
     "+ memory": ("unimatch_v2", ("memory.kind=fifo",)),
     "sss": ("sss", ()),
     "sss, weak view": ("sss", ("dfe.pair=weak_strong",)),
+    "sss, no stride 4": ("sss", ("dfe.level_4=false",)),
     "sss_sketch": ("sss_sketch", ()),
     "ceiling": ("supervised", ("train.all_labels=true",)),
 }
