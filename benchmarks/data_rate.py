@@ -69,7 +69,7 @@ class Work:
 def main(argv: Sequence[str] | None = None) -> int:
     """Measure and write."""
     if argv is None:
-        process.set_up()  # as `sss-jax train` does
+        process.keep_freed_memory()  # as SSS_JAX_KEEP_MEMORY=1 does
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument(
         "--data", nargs="+", required=True, metavar="FOLDER=SIZE[,SIZE]", help="sizes in pixels"

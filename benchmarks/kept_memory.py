@@ -1,7 +1,7 @@
 """What keeping freed memory gives a step: `python -m sss_jax.benchmarks.kept_memory -o FILE`.
 
 The same steps run in processes of their own, in turn with the C library as it is and as
-`sss_jax.process` sets it (what every `sss-jax` command does). Losses must be equal, bit for bit.
+`sss_jax.process` sets it (SSS_JAX_KEEP_MEMORY=1). Losses must be equal, bit for bit.
 """
 
 import argparse

@@ -26,7 +26,7 @@ from typing import Any
 
 import jax
 
-from sss_jax import config, process
+from sss_jax import config
 from sss_jax.benchmarks import result
 from sss_jax.benchmarks.step_time import synthetic_batch
 from sss_jax.hlo import Program
@@ -49,8 +49,6 @@ SMALL = (
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Measure and write."""
-    if argv is None:
-        process.set_up()  # as `sss-jax train` does
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--config", default="hippocampus:sss")
     parser.add_argument("--set", nargs="*", default=[], metavar="SETTING=VALUE")

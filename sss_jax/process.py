@@ -9,6 +9,7 @@ the process instead, and the next step takes it again.
 
 import ctypes
 import gc
+import os
 
 COLLECT = (200_000, 50, 100)
 """Thresholds of Python's collector. Tracing makes millions of objects that stay, and the usual ones
@@ -19,10 +20,16 @@ _TRIM_THRESHOLD, _MMAP_MAX, _ARENA_MAX = -1, -4, -8
 _NEVER = -1
 
 
+KEEP = "SSS_JAX_KEEP_MEMORY"
+"""Environment variable; 1: keep freed memory. Not the default: where several threads compute, the
+one arena that it needs made training half as fast."""
+
+
 def set_up() -> None:
-    """Keep freed memory, collect garbage seldom; call it first, and only in one's own process."""
+    """Collect garbage seldom; keep freed memory if asked to. Call it first."""
     gc.set_threshold(*COLLECT)
-    keep_freed_memory()
+    if os.environ.get(KEEP) == "1":
+        keep_freed_memory()
 
 
 def keep_freed_memory() -> bool:
