@@ -44,3 +44,17 @@ def test_another_c_library_is_left_alone(monkeypatch):
 
     monkeypatch.setattr(process.ctypes, "CDLL", lambda name: object())
     assert process.keep_freed_memory() is False
+
+
+@pytest.mark.parametrize(("value", "calls"), [("1", 1), ("0", 0), (None, 0)])
+def test_memory_is_kept_only_where_asked(value, calls, monkeypatch):
+    from sss_jax import process
+
+    seen = []
+    monkeypatch.setattr(process, "keep_freed_memory", lambda: seen.append(1))
+    monkeypatch.setattr(process.gc, "set_threshold", lambda *numbers: None)
+    monkeypatch.delenv(process.KEEP, raising=False)
+    if value is not None:
+        monkeypatch.setenv(process.KEEP, value)
+    process.set_up()
+    assert len(seen) == calls
