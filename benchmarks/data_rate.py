@@ -68,8 +68,7 @@ class Work:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Measure and write."""
-    if argv is None:
-        process.keep_freed_memory()  # as SSS_JAX_KEEP_MEMORY=1 does
+    keeps = argv is None and process.set_up()  # as `sss-jax train` does
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument(
         "--data", nargs="+", required=True, metavar="FOLDER=SIZE[,SIZE]", help="sizes in pixels"
@@ -91,7 +90,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         **measured.more,
         settings={"clip_slices": CLIP, "labelled": LABELLED, "unlabelled": UNLABELLED},
         cores_allowed=len(os.sched_getaffinity(0)),
-        keeps_freed_memory=argv is None,
+        keeps_freed_memory=keeps,
         malloc=os.environ.get("GLIBC_TUNABLES"),
     )
     return 0

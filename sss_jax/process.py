@@ -19,17 +19,19 @@ let it look through them again and again: a fifth of the time until the first st
 _TRIM_THRESHOLD, _MMAP_MAX, _ARENA_MAX = -1, -4, -8
 _NEVER = -1
 
-
 KEEP = "SSS_JAX_KEEP_MEMORY"
 """Environment variable; 1: keep freed memory. Not the default: where several threads compute, the
 one arena that it needs made training half as fast."""
 
 
-def set_up() -> None:
-    """Collect garbage seldom; keep freed memory if asked to. Call it first."""
+def set_up() -> bool:
+    """Collect garbage seldom; keep freed memory if asked to. Call it first.
+
+    Returns:
+        Whether freed memory is kept.
+    """
     gc.set_threshold(*COLLECT)
-    if os.environ.get(KEEP) == "1":
-        keep_freed_memory()
+    return os.environ.get(KEEP) == "1" and keep_freed_memory()
 
 
 def keep_freed_memory() -> bool:

@@ -18,6 +18,16 @@ from sss_jax.train.state import init_all_params
 from sss_jax.train.step import root_key
 
 
+def without_prompts(options, **semi):
+    """No prompts and no memory: what the loss is of the features alone."""
+    return dataclasses.replace(
+        options,
+        pcsw=dataclasses.replace(options.pcsw, enabled=False),
+        memory=dataclasses.replace(options.memory, kind="none"),
+        semi=dataclasses.replace(options.semi, labelled_prompts="none", **semi),
+    )
+
+
 @pytest.fixture(scope="module")
 def setup(micro):
     """Parameters and one compiled loss with its gradient, a function of what tests change."""
@@ -104,13 +114,7 @@ def test_another_key_is_another_step(setup, plain):
 def test_no_confident_pixel_no_loss(micro):
     """Coverage 0: the unlabelled term and its gradient are exactly 0."""
     model, options, batch = micro
-    certain = dataclasses.replace(options.semi, confidence=1.0, labelled_prompts="none")
-    options = dataclasses.replace(
-        options,
-        semi=certain,
-        pcsw=dataclasses.replace(options.pcsw, enabled=False),
-        memory=dataclasses.replace(options.memory, kind="none"),
-    )
+    options = without_prompts(options, confidence=1.0)
     params = jax.jit(lambda k: init_all_params(model, options, k))(root_key(0))
 
     def unlabelled(params):
@@ -127,12 +131,7 @@ def test_no_confident_pixel_no_loss(micro):
 def test_the_unlabelled_loss_may_stop_before_the_encoder(micro):
     """Then its gradient there is exactly 0, and the backward pass through it is not computed."""
     model, options, batch = micro
-    options = dataclasses.replace(
-        options,
-        pcsw=dataclasses.replace(options.pcsw, enabled=False),
-        memory=dataclasses.replace(options.memory, kind="none"),
-        semi=dataclasses.replace(options.semi, labelled_prompts="none"),
-    )
+    options = without_prompts(options)
     params = jax.jit(lambda k: init_all_params(model, options, k))(root_key(0))
 
     def gradient(trained):
@@ -162,11 +161,8 @@ def test_lifted_weak_features_change_the_pseudo_labels_alone(micro):
     """`enhance_weak`: the labelled side stays; a DFE that adds nothing changes nothing."""
     model, options, batch = micro
     plain = dataclasses.replace(
-        options,
-        pcsw=dataclasses.replace(options.pcsw, enabled=False),
-        memory=dataclasses.replace(options.memory, kind="none"),
+        without_prompts(options, views=1, dropout=False),
         strong=dataclasses.replace(options.strong, cutmix=0.0),
-        semi=dataclasses.replace(options.semi, views=1, dropout=False, labelled_prompts="none"),
         dfe=dataclasses.replace(options.dfe, pair="weak_strong"),
     )
     lift = dataclasses.replace(plain, dfe=dataclasses.replace(plain.dfe, enhance_weak=True))
