@@ -32,7 +32,7 @@ from sss_jax.data.synthetic import SplitSizes, write_phantoms
 from sss_jax.options import DataOptions, ModelOptions, Options, TrainOptions
 
 CLIP, LABELLED, UNLABELLED = 8, 4, 4
-GFLOP_PER_SLICE = 4422.1 / 2
+GFLOP_PER_SLICE = 3492.8 / 2
 GFLOP_SIDE = 1024
 TFLOP_PER_S = 400.0
 

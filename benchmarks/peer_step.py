@@ -97,7 +97,7 @@ def options_of(name: str, args: argparse.Namespace) -> Options:
         model=ModelOptions(args.preset, args.size, args.classes, args.dtype),
         data=DataOptions(clip_slices=slices),
         memory=MemoryOptions(kind="none"),
-        dfe=DFEOptions(enabled=semi),
+        dfe=DFEOptions(enabled=semi, pair="weak_strong", level_4=True),  # as theirs
         semi=SemiOptions(enabled=semi, labelled_prompts="gt_box", unlabelled_dice=True),
         train=TrainOptions(labelled_batch=clips, unlabelled_batch=clips),
     )

@@ -35,20 +35,23 @@ from sss_jax.options import (
     SemiOptions,
 )
 
+_ALL, _WEAK = "dfe.level_4=true", "dfe.pair=weak_strong"
+
 # Name of a row: method of the configuration, and what is switched beside it. "+" adds one
-# mechanism to UniMatch V2; sss has all of them. "weak view": DFE compares with it, as in the paper;
-# "no stride 4": DFE leaves the finest features as they are.
+# mechanism to UniMatch V2; sss has all of them. "all levels": DFE at stride 4 too, as in the paper;
+# "weak view": that, and DFE compares with the weak view, as in the paper.
 METHODS: dict[str, tuple[str, tuple[str, ...]]] = {
     "floor": ("supervised", ()),
     "fixmatch": ("fixmatch", ()),
     "unimatch_v2": ("unimatch_v2", ()),
     "+ DFE": ("unimatch_v2", ("dfe.enabled=true",)),
-    "+ DFE, weak view": ("unimatch_v2", ("dfe.enabled=true", "dfe.pair=weak_strong")),
+    "+ DFE, all levels": ("unimatch_v2", ("dfe.enabled=true", _ALL)),
+    "+ DFE, weak view": ("unimatch_v2", ("dfe.enabled=true", _ALL, _WEAK)),
     "+ PCSW": ("unimatch_v2", ("pcsw.enabled=true", "semi.labelled_prompts=mixed")),
     "+ memory": ("unimatch_v2", ("memory.kind=fifo",)),
     "sss": ("sss", ()),
-    "sss, weak view": ("sss", ("dfe.pair=weak_strong",)),
-    "sss, no stride 4": ("sss", ("dfe.level_4=false",)),
+    "sss, all levels": ("sss", (_ALL,)),
+    "sss, weak view": ("sss", (_ALL, _WEAK)),
     "sss_sketch": ("sss_sketch", ()),
     "ceiling": ("supervised", ("train.all_labels=true",)),
 }

@@ -26,6 +26,7 @@ def base(method: str) -> ConfigDict:
         config.semi.labelled_prompts = "gt_mask"
         config.dfe.pair = "weak_strong"
         config.dfe.merge = "replace"
+        config.dfe.level_4 = True
     elif method != "sss":
         config.dfe.enabled = False
         config.pcsw.enabled = False

@@ -162,7 +162,9 @@ class DFEOptions:
         "residual", "residual: F_s + F_adj; replace: F_adj", choices=("residual", "replace")
     )
     enhance_weak: bool = option(False, "add the adjusted features to the weak side too")
-    level_4: bool = option(True, "use the finest level (stride 4)")
+    level_4: bool = option(
+        False, "use the finest level (stride 4), as the paper does: a fifth of a step's operations"
+    )
     level_8: bool = option(True, "use the middle level (stride 8)")
     level_16: bool = option(True, "use the coarsest level (stride 16)")
     remat: bool = option(True, "recompute the projections in the backward pass")

@@ -22,8 +22,8 @@ def test_a_small_run_is_written(tmp_path):
 
 def test_a_projection_lists_what_it_assumes():
     projected = data_rate.consumption(1024)
-    assert projected["slices_per_s"] == pytest.approx(180.9, abs=0.1)
+    assert projected["slices_per_s"] == pytest.approx(229.0, abs=0.1)
     assert any("400 TFLOP/s" in line for line in projected["assumes"])
-    assert data_rate.consumption(512)["slices_per_s"] == pytest.approx(723.6, abs=0.1)
+    assert data_rate.consumption(512)["slices_per_s"] == pytest.approx(916.2, abs=0.1)
     seen = data_rate.consumption(256, 120.0)
     assert (seen["slices_per_s"], seen["kind"]) == (120.0, "given by the user")

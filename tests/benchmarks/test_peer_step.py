@@ -157,7 +157,7 @@ def test_both_sides_encode_and_decode_the_same_images(semi, monkeypatch):
 
 
 def test_dfe_is_ours():
-    options, width = DFEOptions(), 32
+    options, width = DFEOptions(level_4=True), 32
     params = jax.device_get(dfe.init_dfe(jax.random.key(0), width, options))
     module = torch_network.DFE(width)
     torch_network.load_dfe(module, params)

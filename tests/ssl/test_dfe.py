@@ -14,7 +14,8 @@ from sss_jax.ssl import dfe
 
 DIM, BATCH = 6, 3
 SIZES = ((8, 6), (4, 3), (2, 2))
-FINEST = DFEOptions(level_8=False, level_16=False)
+ALL = DFEOptions(level_4=True)
+FINEST = dataclasses.replace(ALL, level_8=False, level_16=False)
 
 init = jax.jit(dfe.init_dfe, static_argnums=(1, 2, 3))
 enhance = jax.jit(dfe.enhance, static_argnums=3)
@@ -23,7 +24,7 @@ enhance = jax.jit(dfe.enhance, static_argnums=3)
 @pytest.fixture(scope="module")
 def params():
     """Parameters of all levels; no bias is zero and no norm is the identity."""
-    tree = init(jax.random.key(0), DIM, DFEOptions())
+    tree = init(jax.random.key(0), DIM, ALL)
     leaves, structure = jax.tree.flatten(tree)
     rng = np.random.default_rng(1)
     noisy = [leaf + 0.2 * rng.normal(size=leaf.shape).astype(np.float32) for leaf in leaves]
@@ -82,7 +83,8 @@ def close(got, expected):
     ],
 )
 def test_enhance_equals_its_definition(params, merge, enhance_weak, off):
-    options = DFEOptions(merge=merge, enhance_weak=enhance_weak, **dict.fromkeys(off, False))
+    switches = {"merge": merge, "enhance_weak": enhance_weak} | dict.fromkeys(off, False)
+    options = dataclasses.replace(ALL, **switches)
     weak, strong = features(2), features(3)
     got = enhance(params, weak, strong, options)
     assert (got.weak is not None) == enhance_weak
@@ -101,7 +103,7 @@ def test_enhance_equals_its_definition(params, merge, enhance_weak, off):
 
 
 def test_parameters_exist_for_enabled_levels_only():
-    options = DFEOptions(level_8=False)
+    options = dataclasses.replace(ALL, level_8=False)
     tree = init(jax.random.key(0), DIM, options)
     assert set(tree) == {"level_4", "level_16"}
     shapes = jax.tree.map(jnp.shape, tree["level_4"])
@@ -112,7 +114,7 @@ def test_parameters_exist_for_enabled_levels_only():
         assert shapes[f"linear_{layer}"] == linear
     assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(tree))
     # A level's draw does not depend on which other levels exist.
-    full = init(jax.random.key(0), DIM, DFEOptions())
+    full = init(jax.random.key(0), DIM, ALL)
     jax.tree.map(np.testing.assert_array_equal, tree["level_16"], full["level_16"])
     assert not np.array_equal(full["level_4"]["conv"]["kernel"], full["level_8"]["conv"]["kernel"])
 
@@ -127,7 +129,7 @@ def test_initial_spread_is_fan_in():
 
 
 def test_shared_weak_projections_equal_the_direct_way(params):
-    options = DFEOptions()
+    options = ALL
     weak, views = features(2), [features(3), features(4)]
 
     @jax.jit
@@ -146,22 +148,22 @@ def test_shared_weak_projections_equal_the_direct_way(params):
 
 def test_roles_of_weak_and_strong_differ(params):
     weak, strong = features(2), features(3)
-    one = enhance(params, weak, strong, DFEOptions(merge="replace"))
-    other = enhance(params, strong, weak, DFEOptions(merge="replace"))
+    one = enhance(params, weak, strong, dataclasses.replace(ALL, merge="replace"))
+    other = enhance(params, strong, weak, dataclasses.replace(ALL, merge="replace"))
     assert np.abs(one.strong[0] - other.strong[0]).max() > 0.1
 
 
 def test_each_image_is_a_sample(params):
     weak, strong = features(2), features(3)
-    together = enhance(params, weak, strong, DFEOptions())
+    together = enhance(params, weak, strong, ALL)
     first = [tuple(level[:1] for level in maps) for maps in (weak, strong)]
-    alone = enhance(params, *first, DFEOptions())
+    alone = enhance(params, *first, ALL)
     jax.tree.map(lambda a, b: close(a[:1], b), together.strong, alone.strong)
 
 
 def test_identical_views_are_not_changed_by_the_difference(params):
     weak = features(2)
-    got = enhance(params, weak, weak, DFEOptions(merge="replace"))
+    got = enhance(params, weak, weak, dataclasses.replace(ALL, merge="replace"))
     for index, level in enumerate(dfe.LEVELS):
         close(got.similarity[level], np.ones(BATCH))
         close(got.strong[index], plain_project(params[level], weak[index])[1])
@@ -208,16 +210,16 @@ def test_rematerialisation_changes_memory_alone(params):
         elements = sum(x.size for x in jax.tree.leaves(backward) if hasattr(x, "size"))
         return elements, jax.jit(jax.grad(loss))(params)
 
-    lean, again = kept(DFEOptions(remat=True))
-    full, grads = kept(DFEOptions(remat=False))
+    lean, again = kept(dataclasses.replace(ALL, remat=True))
+    full, grads = kept(dataclasses.replace(ALL, remat=False))
     assert lean < 0.6 * full
     jax.tree.map(lambda a, b: np.testing.assert_allclose(b, a, rtol=1e-5, atol=1e-5), grads, again)
 
 
 def test_zero_features_have_similarity_zero():
-    params = init(jax.random.key(0), DIM, DFEOptions())
+    params = init(jax.random.key(0), DIM, ALL)
     zero = jax.tree.map(jnp.zeros_like, features(2))
-    got = enhance(params, zero, features(3), DFEOptions())
+    got = enhance(params, zero, features(3), ALL)
     for s in got.similarity.values():
         np.testing.assert_array_equal(s, np.zeros(BATCH))
 
@@ -239,8 +241,8 @@ def test_parameters_learn_through_both_sides(params):
 def test_bfloat16_features_keep_their_type_and_float32_statistics(params):
     weak, strong = features(2), features(3)
     low = [jax.tree.map(lambda x: x.astype(jnp.bfloat16), maps) for maps in (weak, strong)]
-    got = enhance(params, *low, DFEOptions())
-    wide = enhance(params, weak, strong, DFEOptions())
+    got = enhance(params, *low, ALL)
+    wide = enhance(params, weak, strong, ALL)
     for level, s in got.similarity.items():
         assert s.dtype == jnp.float32
         np.testing.assert_allclose(s, wide.similarity[level], atol=0.02)
@@ -255,7 +257,7 @@ def test_the_projection_may_have_its_own_type(params):
 
 
 def test_pmap_equals_one_device(params):
-    options = dataclasses.replace(DFEOptions(), level_4=False)
+    options = DFEOptions()
     weak = tuple(jnp.concatenate([x] * 3)[:8] for x in features(2))
     strong = tuple(jnp.concatenate([x] * 3)[:8] for x in features(3))
     whole = enhance(params, weak, strong, options).strong

@@ -36,7 +36,7 @@ def pasted(x, box):
 
 @pytest.mark.parametrize("pair", ["strong_strong", "weak_strong"])
 def test_each_strong_view_is_compared_with_its_partner(pair):
-    options = load("hippocampus:sss", [f"dfe.pair={pair}"])
+    options = load("hippocampus:sss", [f"dfe.pair={pair}", "dfe.level_4=true"])
     params = dfe.init_dfe(jax.random.key(0), DIM, options.dfe)
     weak, strong = features(0), [features(1), features(2)]
     image = jnp.zeros((CLIPS, 1, SIDE, SIDE, 1))
