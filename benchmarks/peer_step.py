@@ -97,10 +97,15 @@ def options_of(name: str, args: argparse.Namespace) -> Options:
         model=ModelOptions(args.preset, args.size, args.classes, args.dtype),
         data=DataOptions(clip_slices=slices),
         memory=MemoryOptions(kind="none"),
-        dfe=DFEOptions(enabled=semi, pair="weak_strong", level_4=True),  # as theirs
+        dfe=paper_dfe(semi),
         semi=SemiOptions(enabled=semi, labelled_prompts="gt_box", unlabelled_dice=True),
         train=TrainOptions(labelled_batch=clips, unlabelled_batch=clips),
     )
+
+
+def paper_dfe(enabled: bool) -> DFEOptions:
+    """DFE as the paper and torch's step have it, so that both sides do the same work."""
+    return DFEOptions(enabled=enabled, pair="weak_strong", level_4=True)
 
 
 class Ours:

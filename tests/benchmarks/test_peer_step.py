@@ -23,7 +23,6 @@ from sss_jax.models.presets import preset  # noqa: E402
 from sss_jax.models.sss import SSSModel  # noqa: E402
 from sss_jax.options import (  # noqa: E402
     DataOptions,
-    DFEOptions,
     MemoryOptions,
     ModelOptions,
     OptimizerOptions,
@@ -59,7 +58,7 @@ def options_of(semi, slices=1, chance=True):
         weak=weak,
         strong=strong,
         memory=MemoryOptions(kind="none"),
-        dfe=DFEOptions(enabled=semi),
+        dfe=peer_step.paper_dfe(semi),
         semi=SemiOptions(
             enabled=semi,
             confidence=0.6,
@@ -157,7 +156,7 @@ def test_both_sides_encode_and_decode_the_same_images(semi, monkeypatch):
 
 
 def test_dfe_is_ours():
-    options, width = DFEOptions(level_4=True), 32
+    options, width = peer_step.paper_dfe(True), 32
     params = jax.device_get(dfe.init_dfe(jax.random.key(0), width, options))
     module = torch_network.DFE(width)
     torch_network.load_dfe(module, params)
