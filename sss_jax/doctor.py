@@ -24,12 +24,7 @@ from typing import Any
 _PYTHON = (3, 11)
 _LOW_MEMORY = 4 * 2**30
 _LOW_DISK = 2 * 2**30
-_EXTRAS = {
-    "tb": ("tensorboardX", "TensorBoard files of a run"),
-    "report": ("matplotlib", "figures in reports"),
-    "h5": ("h5py", "import of HDF5 data sets"),
-    "export": ("flatbuffers", "export of a serialised predictor"),
-}
+_EXTRAS = {"tb": ("tensorboardX", "TensorBoard files of a run")}
 _PROBE = """
 import json, sys, time
 import jax, jax.numpy as jnp
