@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from sss_jax import config, estimate
+from sss_jax import config, estimate, estimate_report
 from sss_jax.benchmarks import result
 
 SETTINGS = (
@@ -78,7 +78,7 @@ def share_of_exchanges(row: dict[str, Any]) -> float | None:
 def most_clips(rows: Sequence[dict[str, Any]], row: dict[str, Any]) -> int | None:
     """Most clips of each stream that fit, foretold from two sizes; None where one is known."""
     sizes = {
-        other["clips"]: estimate.Memory(**_fields(other["memory"]))
+        other["clips"]: estimate_report.Memory(**_fields(other["memory"]))
         for other in rows
         if all(other[key] == row[key] for key in ("cell", "quick", "settings"))
     }
@@ -90,7 +90,7 @@ def most_clips(rows: Sequence[dict[str, Any]], row: dict[str, Any]) -> int | Non
 
 
 def _fields(memory: dict[str, Any]) -> dict[str, Any]:
-    names = [field.name for field in dataclasses.fields(estimate.Memory)]
+    names = [field.name for field in dataclasses.fields(estimate_report.Memory)]
     return {name: memory[name] for name in names}
 
 

@@ -374,7 +374,8 @@ def _estimate(args: argparse.Namespace) -> int:
     from sss_jax import config
 
     options = config.load(args.config, args.overrides)
-    from sss_jax.estimate import estimate, largest, render
+    from sss_jax.estimate import estimate, largest
+    from sss_jax.estimate_report import render
 
     if args.largest:
         found = largest(options, args.topology, quick=args.quick, report=_say)

@@ -7,7 +7,7 @@ import json
 import jax
 import pytest
 
-from sss_jax import config, estimate
+from sss_jax import config, estimate, estimate_report
 from sss_jax.errors import ConfigError
 
 SMALL = ["model.image_size=32", "data.clip_slices=2", "model.dtype=bfloat16"]
@@ -30,7 +30,7 @@ def test_gpus_get_what_needs_no_compiler(whole):
     assert whole.memory is None
     assert whole.projection is None
     assert whole.program_flops > 1.1 * whole.model_flops > 0, "the trunk is computed again"
-    assert "not compiled" in estimate.render(whole)
+    assert "not compiled" in estimate_report.render(whole)
     assert json.loads(json.dumps(whole.to_json()))["topology"] == "h100-8"
 
 
@@ -70,7 +70,7 @@ def test_a_program_that_is_too_large_says_by_how_much(options, whole, monkeypatc
     found = estimate._compile(estimate.set_up(options), options, jax.devices())
     assert found.total == int(20.5 * 2**30)
     assert not found.fits
-    assert "TOO LARGE by 4.75 GiB" in estimate.render(
+    assert "TOO LARGE by 4.75 GiB" in estimate_report.render(
         dataclasses.replace(whole, memory=found, compile_s=1.0)
     )
 
@@ -90,7 +90,7 @@ def test_the_search_ends_at_the_last_that_fits(options, whole, monkeypatch, memo
 
     def pretend(options, name, *, clips, quick, report):
         asked.append(clips)
-        held = estimate.Memory(0, 0, total=memory(clips), capacity=16)
+        held = estimate_report.Memory(0, 0, total=memory(clips), capacity=16)
         return dataclasses.replace(whole, clips=(clips, clips), memory=held)
 
     monkeypatch.setattr(estimate, "estimate", pretend)
