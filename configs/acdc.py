@@ -16,7 +16,6 @@ def get_config(arg: str = "sss") -> ConfigDict:
     config = common.from_scratch(common.base(arg), image_size=96, steps=1500)
     config.model.num_classes = 3
     config.data.class_names = ("right ventricle", "myocardium", "left ventricle")
-    config.data.normalise = "min_max"
     config.data.slice_axis = 2
     config.data.fit = "letterbox"
     config.data.clip_slices = 4

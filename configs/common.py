@@ -51,6 +51,10 @@ def from_scratch(config: ConfigDict, *, image_size: int, steps: int) -> ConfigDi
     config.optimizer.schedule = "cosine"
     config.optimizer.warmup_steps = 100
     config.train.steps = steps
+    # Scanners turn bodies one way: a short run would learn quarter turns and mirror images at the
+    # cost of what is seen.
+    config.weak.rot90_flip = 0.0
+    config.weak.rotate = 1.0
     # Short runs on few labels: at 0.95 no foreground pixel is ever trusted, and a teacher with a
     # memory of 250 steps lags behind what the student knows.
     config.semi.ema_decay = 0.99

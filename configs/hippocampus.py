@@ -18,10 +18,6 @@ def get_config(arg: str = "sss") -> ConfigDict:
     config.data.fit = "stretch"
     config.data.clip_slices = 4
     config.data.max_stride = 6
-    # A crop around one hippocampus has one orientation: quarter turns and mirror images would only
-    # be learned at the cost of what is seen.
-    config.weak.rot90_flip = 0.0
-    config.weak.rotate = 1.0
     config.weak.scale_low, config.weak.scale_high = 0.85, 1.18
     config.weak.shift = 0.05
     config.train.labelled_batch = 4
