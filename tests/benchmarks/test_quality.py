@@ -2,11 +2,14 @@
 
 import dataclasses
 import json
+from pathlib import Path
 
 import pytest
 
-from sss_jax.benchmarks import quality
+from sss_jax.benchmarks import quality, result
 from sss_jax.benchmarks.quality import METHODS, Run, plan
+
+ROOT = Path(__file__).parents[2]
 
 
 def row(method, dice, labelled=1, seed=0):
@@ -42,6 +45,7 @@ def test_every_method_is_a_valid_configuration():
     assert (sketch.semi.teacher, sketch.semi.confidence) == ("student", 0.0)
     assert (sketch.dfe.merge, sketch.semi.dropout) == ("replace", False)
     assert (sketch.dfe.pair, full.dfe.pair) == ("weak_strong", "strong_strong")
+    assert (sketch.dfe.level_4, full.dfe.level_4) == (True, False)
 
 
 def test_the_plan_goes_seed_by_seed_and_has_one_ceiling():
@@ -66,6 +70,15 @@ def test_a_run_is_done_only_with_the_very_same_settings():
     settings = json.loads(rows[0]["settings"])
     del settings["memory"]["truncate"]  # an option that is newer than the row
     assert run.is_done([{**rows[0], "settings": json.dumps(settings)}])
+
+
+def test_published_rows_have_the_settings_that_their_names_stand_for():
+    rows = result.rows_of(ROOT / "benchmarks/results/quality_cpu.json")
+    assert rows
+    for found in rows:
+        names = ("data", "labelled", "method", "seed")
+        run = Run(*(found[name] for name in names), extra=tuple(found["extra"]))
+        assert run.is_done([found]), run
 
 
 @pytest.mark.parametrize(
