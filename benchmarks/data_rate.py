@@ -23,7 +23,7 @@ import numpy as np
 from sss_jax import process
 from sss_jax.benchmarks import result
 from sss_jax.benchmarks.request import Measured, Request
-from sss_jax.data.examples import place
+from sss_jax.data.examples import Scan, lay, place
 from sss_jax.data.pipeline import Loader, draw_slices
 from sss_jax.data.prepare import prepare_folder
 from sss_jax.data.prepared_source import PreparedSource, PreparedStack
@@ -32,6 +32,7 @@ from sss_jax.data.synthetic import SplitSizes, write_phantoms
 from sss_jax.options import DataOptions, ModelOptions, Options, TrainOptions
 
 CLIP, LABELLED, UNLABELLED = 8, 4, 4
+UNRESIZED = "prepared, resized by the device"
 GFLOP_PER_SLICE = 3492.8 / 2
 GFLOP_SIDE = 1024
 TFLOP_PER_S = 400.0
@@ -184,13 +185,21 @@ def make_ways(folder: Path, shards: Path, size: int, threads: int, steps: int) -
     kept = make_options(size, threads, steps, 2**33)
     few = dataclasses.replace(plain, model=dataclasses.replace(plain.model, num_classes=3))
     nifti, prepared = open_source(folder, plain), PreparedSource(shards)
+    canvas = dataclasses.replace(plain.data, canvas=largest_side(prepared, plain))
     files = tuple(p for name in ("images", "labels") for p in (folder / name).glob("*.nii*"))
     return [
         Way("nifti", plain, nifti, files),
         Way("nifti, volumes in memory", kept, nifti),
         Way("prepared", plain, prepared, tuple(shards.glob("*.array_record"))),
         Way("synthetic", few, open_source("synthetic:", few)),
+        Way(UNRESIZED, dataclasses.replace(plain, data=canvas), prepared),
     ]
+
+
+def largest_side(source: Source, options: Options) -> int:
+    """Return the smallest canvas for all slices of a source, pixels."""
+    cases = source.split(options.data, options.train).cases
+    return max(max(source.read(case, None, options.data).frame.plane) for case in cases)
 
 
 def time_all(ways: list[Way], shards: Path, repeats: int, cold: bool) -> Iterator[dict[str, Any]]:
@@ -296,9 +305,9 @@ def stage_times(folder: Path, shards: Path, size: int) -> list[dict[str, Any]]:
             marks = [time.process_time()]
             scan = way.source.read(case, None, way.options.data).read(positions)
             marks.append(time.process_time())
-            example = place(scan, size, way.options.data)
+            image = fitted(scan, size, way.options.data)
             marks.append(time.process_time())
-            np.stack([example.image_SHW])
+            np.stack([image])
             marks.append(time.process_time())
             if number >= 4:
                 spent += np.diff(marks)
@@ -307,6 +316,11 @@ def stage_times(folder: Path, shards: Path, size: int) -> list[dict[str, Any]]:
         times = {n: float(f"{1000 * s / slices:.3g}") for n, s in zip(names, spent, strict=True)}
         rows.append({"size": size, "source": way.name, **times})
     return rows
+
+
+def fitted(scan: Scan, size: int, options: DataOptions) -> np.ndarray:
+    """Do to the slices of a clip what the loader does."""
+    return lay(scan, size, options)[0] if options.canvas else place(scan, size, options).image_SHW
 
 
 if __name__ == "__main__":

@@ -151,7 +151,8 @@ def compile_step(name: str, options: Options) -> Compiled:
 def synthetic_batch(options: Options) -> dict[str, dict[str, np.ndarray]]:
     """Draw clips with a ball of every class in noise."""
     rng = np.random.default_rng(0)
-    size, slices = options.model.image_size, options.data.clip_slices
+    canvas, side, slices = options.data.canvas, options.model.image_size, options.data.clip_slices
+    size = canvas or side
     away = np.linspace(-1, 1, size)
     batch = {}
     counts = {"labelled": options.train.labelled_batch}
@@ -169,6 +170,8 @@ def synthetic_batch(options: Options) -> dict[str, dict[str, np.ndarray]]:
             "slice_mask": np.ones((count, slices), bool),
             "id": np.arange(count, dtype=np.int32),
         }
+        if canvas:
+            batch[stream]["placement"] = np.tile(np.int32([canvas, side, 0] * 2), (count, 1))
         if stream == "labelled":
             batch[stream]["label"] = label
     return batch

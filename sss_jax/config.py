@@ -214,6 +214,11 @@ def _contradictions(options: Options) -> list[tuple[bool, str]]:
             data.percentile_low >= data.percentile_high,
             "data.percentile_low must be below data.percentile_high",
         ),
+        (
+            data.canvas > 0 and options.mesh.context > 1,
+            "data.canvas resizes whole slices on the device and mesh.context cuts their rows: set "
+            "data.canvas=0",
+        ),
         (data.window_low >= data.window_high, "data.window_low must be below data.window_high"),
         (strong.area_low > strong.area_high, "strong.area_low must not exceed strong.area_high"),
         (

@@ -71,6 +71,13 @@ class DataOptions:
         "slice to square: letterbox keeps the aspect ratio, stretch fills the square",
         choices=("letterbox", "stretch"),
     )
+    canvas: int = option(
+        0,
+        "side of the square in which training slices travel, to be resized on the device, pixels; "
+        "0: they are resized before",
+        low=0,
+        high=4096,
+    )
     clip_slices: int = option(8, "slices S in a training clip", low=1, high=1024)
     max_stride: int = option(1, "largest step between a clip's slices, drawn per clip", low=1)
     foreground_share: float = option(

@@ -9,7 +9,7 @@ from nibabel.orientations import aff2axcodes
 
 from sss_jax.data.cases import Case, Split, load_split
 from sss_jax.data.check_report import CaseFacts, CheckReport, Problem
-from sss_jax.data.examples import range_of
+from sss_jax.data.examples import range_of, refuse_large
 from sss_jax.data.faults import FileFault, collected
 from sss_jax.data.folders import find_cases
 from sss_jax.data.geometry import make_frame
@@ -115,6 +115,7 @@ def _check_case(
         return None, faults
     with collected(faults):
         range_of(volume, options)
+        refuse_large(make_frame(volume, options.slice_axis), case.image, options)
     return _facts(case, volume, counts), faults
 
 
@@ -129,7 +130,7 @@ def _facts(case: Case, volume: Volume, counts: np.ndarray | None) -> CaseFacts:
         orientation="".join(aff2axcodes(volume.affine)) if volume.oriented else "unknown",
         slice_axis=frame.slice_axis,
         slices=frame.shape[frame.axes[0]],
-        plane=(frame.shape[frame.axes[1]], frame.shape[frame.axes[2]]),
+        plane=frame.plane,
         smallest=float(volume.array.min()),
         largest=float(volume.array.max()),
         percentiles=(low, high),

@@ -6,6 +6,7 @@ square, `restore_labels` goes the whole way back.
 
 import dataclasses
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,7 @@ from sss_jax.data.faults import FileFault
 from sss_jax.data.geometry import Frame, from_slices, make_frame, turn
 from sss_jax.data.nifti import Volume, refuse_other_grid
 from sss_jax.data.resize import Matrix, resize_image, resize_labels, resize_matrix
+from sss_jax.errors import DataError
 from sss_jax.options import DataOptions
 
 Image = NDArray[np.float32]
@@ -208,6 +210,57 @@ def place(scan: Scan, size: int, options: DataOptions) -> Example:
         np.clip(image, 0.0, 1.0, out=image)
     label = None if scan.label_SHW is None else resize_labels(scan.label_SHW, *into)
     return Example(image, label, placement)
+
+
+def refuse_large(frame: Frame, path: Path, options: DataOptions) -> None:
+    """Refuse slices that the canvas cannot hold.
+
+    Raises:
+        FileFault: they are larger than `data.canvas`.
+    """
+    if 0 < options.canvas < max(frame.plane):
+        raise FileFault(path, *_too_large(frame.plane, options.canvas))
+
+
+def lay(
+    scan: Scan, size: int, options: DataOptions
+) -> tuple[Image, Labels | None, NDArray[np.int32]]:
+    """Lay the slices of a scan on the canvas as they are; `augment.fit` resizes them later.
+
+    Args:
+        scan: slices, not larger than `data.canvas`.
+        size: side of the network's square, pixels.
+        options: canvas and fit.
+
+    Returns:
+        Image and labels at the top left of [S, canvas, canvas], and where the square shows them:
+        rows, height, top, columns, width and left, pixels.
+
+    Raises:
+        DataError: the slices are larger than the canvas.
+    """
+    rows, columns = plane = scan.image_SHW.shape[1:]
+    if max(plane) > options.canvas:
+        problem, fix = _too_large((rows, columns), options.canvas)
+        raise DataError(f"a volume {problem}: {fix}")
+    top, left, height, width = place_plane(scan.frame, (rows, columns), size, options.fit).box
+    image = _on_canvas(scan.image_SHW, options.canvas)
+    label = None if scan.label_SHW is None else _on_canvas(scan.label_SHW, options.canvas)
+    return image, label, np.array([rows, height, top, columns, width, left], np.int32)
+
+
+def _too_large(plane: tuple[int, int], canvas: int) -> tuple[str, str]:
+    problem = f"has slices of {plane[0]} x {plane[1]} pixels, larger than data.canvas={canvas}"
+    return problem, "raise data.canvas, or set it to 0 to resize before slices travel"
+
+
+def _on_canvas(array_SHW: NDArray[Any], canvas: int) -> NDArray[Any]:
+    slices, rows, columns = array_SHW.shape
+    if rows == columns == canvas:
+        return array_SHW
+    out = np.zeros((slices, canvas, canvas), array_SHW.dtype)
+    out[:, :rows, :columns] = array_SHW
+    return out
 
 
 def prepare(volume: Volume, labels: Volume | None, size: int, options: DataOptions) -> Example:

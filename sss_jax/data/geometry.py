@@ -44,6 +44,11 @@ class Frame:
     spacing: tuple[float, float, float]
     slice_axis: int
 
+    @property
+    def plane(self) -> tuple[int, int]:
+        """Rows and columns of a slice."""
+        return self.shape[self.axes[1]], self.shape[self.axes[2]]
+
 
 def make_frame(volume: Volume, slice_axis: int) -> Frame:
     """Choose the turn of a volume.

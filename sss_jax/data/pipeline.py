@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sss_jax.data.cases import Case, Split
-from sss_jax.data.examples import place
+from sss_jax.data.examples import Image, Labels, Scan, lay, place
 from sss_jax.data.load import Read, Stack, StackCache, load_example, load_scan
 from sss_jax.errors import ConfigError, DataError
 from sss_jax.options import DataOptions, ModelOptions, TrainOptions
@@ -99,6 +99,8 @@ class Loader:
         Returns:
             For each stream `image` f32[B, S, H, W, 1], `slice_mask` bool[B, S], `id` int32[B],
             and `label` int32[B, S, H, W] for the labelled one. `id` counts examples globally.
+            With `data.canvas`, H and W are its side, and `placement` int32[B, 6] says how
+            `augment.fit` brings them to the network's square.
         """
         size = self._local_size
         return self._collate([self._clip(i) for i in range(step * size, (step + 1) * size)])
@@ -178,17 +180,25 @@ class Loader:
         stack = self._stacks(self._case(stream, number))
         rng = self._rng(stream, _CLIP, number)
         slices = draw_slices(stack, self._data, rng, labelled=labelled)
-        example = place(stack.read(slices), self._model.image_size, self._data)
+        image, label, placement = self._fitted(stack.read(slices))
         clip = {
             "stream": stream,
-            "image": self._padded(example.image_SHW)[..., None],
+            "image": self._padded(image)[..., None],
             "slice_mask": np.arange(self._data.clip_slices) < len(slices),
             "id": np.int32(number),
+            **placement,
         }
         if labelled:
-            assert example.label_SHW is not None
-            clip["label"] = self._padded(example.label_SHW)
+            assert label is not None
+            clip["label"] = self._padded(label)
         return clip
+
+    def _fitted(self, scan: Scan) -> tuple[Image, Labels | None, dict[str, NDArray[np.int32]]]:
+        if self._data.canvas:
+            image, label, placement = lay(scan, self._model.image_size, self._data)
+            return image, label, {"placement": placement}
+        example = place(scan, self._model.image_size, self._data)
+        return example.image_SHW, example.label_SHW, {}
 
     def _padded(self, array_SHW: NDArray[Any]) -> NDArray[Any]:
         """Append empty slices to a clip of a short volume; a whole clip is not copied."""

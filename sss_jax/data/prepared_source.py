@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sss_jax.data.cases import Case, Split, load_split
-from sss_jax.data.examples import Scan, rescale
+from sss_jax.data.examples import Scan, refuse_large, rescale
 from sss_jax.data.faults import FileFault, collected, shown
 from sss_jax.data.folders import PREPARED
 from sss_jax.data.geometry import Frame
@@ -90,10 +90,9 @@ class PreparedStack:
         self, shard: Shard, kind: str, facts: ImageFacts | LabelFacts, dtype: str, position: int
     ) -> NDArray[Any]:
         record = shard.read(facts.first + position)
-        plane = self.frame.shape[self.frame.axes[1]], self.frame.shape[self.frame.axes[2]]
         what = identity(kind, self.facts.name, facts.origin.sha256, position)
         try:
-            return unpack(record, dtype, plane, what)
+            return unpack(record, dtype, self.frame.plane, what)
         except ValueError as error:
             raise FileFault(shard.path, f"{kind} slice {position} {error}", AGAIN) from error
 
@@ -164,6 +163,8 @@ class PreparedSource:
         self._refuse_other_settings(options)
         for case in cases:
             found: list[FileFault] = []
+            with collected(found):
+                refuse_large(self._facts[case.name].frame, case.image, options)
             if case.label is not None:
                 with collected(found):
                     _refuse_labels(self._facts[case.name], case.label, num_classes)

@@ -5,6 +5,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from sss_jax.augment.fit import fit
 from sss_jax.augment.keys import example_keys
 from sss_jax.augment.strong import box_mask, cutmix_box, paste, photometric
 from sss_jax.augment.weak import weak_view
@@ -22,7 +23,7 @@ class LabelledView(NamedTuple):
 
 
 class StrongView(NamedTuple):
-    """A strong view: the weak one with photometric changes and a box from the reversed batch."""
+    """A strong view: the weak one with photometric changes and a box from the clip beside it."""
 
     image_BSHWC: Float[Array, "B S H W 1"]
     box_B4: Float[Array, "B 4"]
@@ -39,6 +40,7 @@ class UnlabelledViews(NamedTuple):
 @jax.named_scope("augment")
 def labelled_view(key: Key[Array, ""], clips: dict[str, Array], options: Options) -> LabelledView:
     """Make the weak (geometric) view of labelled clips."""
+    clips = fit(clips, options)
     keys = example_keys(key, clips["id"])
     image, label, inside = jax.vmap(lambda k, x, y: weak_view(k, x, y, options.weak))(
         keys, clips["image"], clips["label"]
@@ -56,6 +58,7 @@ def unlabelled_views(
     SSS, figure 2, after UniMatch V2 (Yang et al. 2024): geometric changes are shared by all
     views, so they stay aligned pixel by pixel.
     """
+    clips = fit(clips, options)
     key_weak, *key_strong = jax.random.split(key, 1 + options.semi.views)
     image, _, inside = jax.vmap(lambda k, x: weak_view(k, x, None, options.weak))(
         example_keys(key_weak, clips["id"]), clips["image"]

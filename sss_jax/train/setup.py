@@ -53,12 +53,15 @@ def batch_fields(options: Options) -> PyTree:
         sizes["unlabelled"] = train.unlabelled_batch
 
     def stream(name: str, clips: int) -> dict[str, jax.ShapeDtypeStruct]:
-        plane = (clips, data.clip_slices, model.image_size, model.image_size)
+        side = data.canvas or model.image_size
+        plane = (clips, data.clip_slices, side, side)
         fields = {
             "image": jax.ShapeDtypeStruct((*plane, 1), np.float32),
             "slice_mask": jax.ShapeDtypeStruct(plane[:2], np.bool_),
             "id": jax.ShapeDtypeStruct((clips,), np.int32),
         }
+        if data.canvas:
+            fields["placement"] = jax.ShapeDtypeStruct((clips, 6), np.int32)
         labels = {"label": jax.ShapeDtypeStruct(plane, np.int32)}
         return fields | labels if name == "labelled" else fields
 

@@ -14,9 +14,14 @@ def test_a_small_run_is_written(tmp_path):
     words = ["--data", f"{folder}=32,64", "--threads", "0", "--steps", "1", "--repeats", "1"]
     assert data_rate.main([*words, "--cold", "-o", str(tmp_path / "rate.json")]) == 0
     result = json.loads((tmp_path / "rate.json").read_text())
-    assert len(result["rows"]) == 2 * 7
+    assert len(result["rows"]) == 2 * 8
     assert all(row["slices_per_s"]["median"] > 0 for row in result["rows"])
-    assert {row["source"] for row in result["stages"]} == {"nifti", "prepared", "synthetic"}
+    assert {row["source"] for row in result["stages"]} == {
+        "nifti",
+        "prepared",
+        "synthetic",
+        data_rate.UNRESIZED,
+    }
     assert [need["kind"] for need in result["consumption"]] == ["projection"] * 2
 
 

@@ -147,6 +147,14 @@ def test_a_window_that_misses_an_image_is_a_problem(folder):
     assert [p.problem[:11] for p in problems] == ["intensities"]
 
 
+def test_a_canvas_too_small_for_an_image_is_a_problem(folder):
+    root = folder(["a"])  # slices of 8 x 9
+    assert not check_folder(root, None, DataOptions(canvas=9)).problems
+    (problem,) = check_folder(root, None, DataOptions(canvas=8)).problems
+    assert "larger than data.canvas=8" in problem.problem
+    assert problem.file.name == "a.nii.gz"
+
+
 def test_the_summary_counts_what_is_there(folder, nifti, scene):
     root = folder(["a"])
     lying = np.eye(4)[[1, 0, 2, 3]] * np.array((-1, -3.0, 1, 1))

@@ -4,18 +4,21 @@ import dataclasses
 import threading
 import time
 
+import jax
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from sss_jax.augment.fit import fit
 from sss_jax.data.cases import Case, load_split
 from sss_jax.data.examples import Scan, place
 from sss_jax.data.geometry import Frame
 from sss_jax.data.load import StackCache, load_example, load_scan
 from sss_jax.data.pipeline import Loader, draw_slices
 from sss_jax.errors import ConfigError, DataError
-from sss_jax.options import DataOptions, ModelOptions, TrainOptions
+from sss_jax.options import DataOptions, ModelOptions, Options, TrainOptions
+from sss_jax.train.setup import batch_fields
 from tests.poison import garbage_labels, nan_image, truncated_labels
 
 MODEL = ModelOptions(image_size=32, num_classes=2)
@@ -77,6 +80,21 @@ def test_a_batch_has_the_promised_form(split):
     assert batch["labelled"]["label"].shape == (2, 4, 32, 32)
     assert batch["labelled"]["label"].dtype == np.int32
     assert set(np.unique(batch["labelled"]["label"])) == {0, 1, 2}
+
+
+def test_a_canvas_carries_the_same_clips_to_the_device(split):
+    options = Options(model=MODEL, data=DATA, train=TRAIN)
+    canvas = dataclasses.replace(options, data=dataclasses.replace(DATA, canvas=12))
+    for step in range(6):
+        there = Loader(split, MODEL, canvas.data, TRAIN).batch(step)
+        here = Loader(split, MODEL, DATA, TRAIN).batch(step)
+        assert jax.tree.map(describe, there) == jax.tree.map(describe, batch_fields(canvas))
+        fitted = {name: fit(part, canvas) for name, part in there.items()}
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-6), fitted, here)
+
+
+def describe(array):
+    return array.shape, array.dtype
 
 
 def test_without_semi_supervision_there_is_one_stream(split):

@@ -440,6 +440,15 @@ def test_labels_beyond_the_classes_are_refused(root, out, tmp_path):
     assert [p.file.name[:2] for p in problems] == ["s0", "s1", "s4"]
 
 
+def test_slices_beyond_the_canvas_are_named_before_training(out):
+    source = PreparedSource(out)
+    cases = source.split(DataOptions(), TrainOptions()).cases
+    small, enough = (list(source.faults(cases, 2, DataOptions(canvas=c))) for c in (8, 9))
+    assert all("larger than data.canvas=8" in str(fault) for _, (fault,) in small)
+    assert len(small) == len(cases)
+    assert not any(faults for _, faults in enough)
+
+
 def test_a_prepared_folder_is_no_nifti_folder(out):
     for use in (find_cases, find_images, lambda o: load_split(o, "split.json")):
         with pytest.raises(DataError, match=r"no NIfTI file.*NIfTI folder that it was made from"):
