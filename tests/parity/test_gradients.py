@@ -21,8 +21,9 @@ from tests.parity import meta, parts  # noqa: E402
 from tests.parity.pair import pair  # noqa: E402
 
 SIZE, GRID, INDEX, COUNT = 64, 4, 7, 20
+NUDGES = 5
 TRACKED = range(1, INDEX)
-TOLERANCE = 1e-3
+TOLERANCE = 1e-4
 UNUSED = {"no_mem_pos_enc", "sam_prompt_encoder/pe_layer/positional_encoding_gaussian_matrix"}
 """Part of every checkpoint, used by nobody; and the frequencies, which are never trained."""
 
@@ -37,6 +38,18 @@ def normal(seed, *shape):
 IMAGE, PROMPT = normal(1, 1, SIZE, SIZE, 3), 3 * normal(2, 1, SIZE // 4, SIZE // 4)
 
 
+def nudged(number):
+    """The image; from the first on, every pixel moved to the next float above or below.
+
+    Where two pixels of a pooling window tie but for rounding, the gradient has two values, and
+    compilers choose: such a change jumps from one to the other. Either is right.
+    """
+    if number == 0:
+        return IMAGE
+    up = np.random.RandomState(number).standard_normal(IMAGE.shape) > 0
+    return np.nextafter(IMAGE, np.where(up, np.inf, -np.inf).astype(np.float32))
+
+
 def weighted(outputs, array=jnp.asarray):
     """Sum of all outputs with random weights, each output as loud as the others."""
     return sum(
@@ -45,9 +58,9 @@ def weighted(outputs, array=jnp.asarray):
     )
 
 
-def ours(module):
+def ours(module, image):
     """Every output, by our network."""
-    features = module.encode_image(IMAGE)
+    features = module.encode_image(image)
     box, click = (
         module.decode(features, p[0][None], p[1][None], None, mask)
         for p, mask in ((BOX, None), (CLICK, PROMPT[None]))
@@ -136,11 +149,12 @@ def both(request):
     grads[official.BUFFER] = np.zeros(buffer.shape, np.float32)
     reference = keymap.flatten(keymap.to_ours(grads))
 
-    def loss(params):
-        return weighted(networks.ours.apply({"params": params}, method=ours))
+    def loss(params, image):
+        return weighted(networks.ours.apply({"params": params}, image, method=ours))
 
-    mine, found = jax.jit(jax.value_and_grad(loss))(networks.params)
-    return (float(mine), keymap.flatten(found)), (value.item(), reference)
+    run = jax.jit(jax.value_and_grad(loss))
+    mine, found = zip(*(run(networks.params, nudged(k)) for k in range(NUDGES)), strict=True)
+    return (float(mine[0]), [keymap.flatten(g) for g in found]), (value.item(), reference)
 
 
 def test_the_number_agrees(both):
@@ -155,16 +169,18 @@ def shifted_by_a_constant(name):
 
 def test_every_gradient_agrees(both):
     (_, mine), (_, reference) = both
-    assert mine.keys() == reference.keys()
+    assert all(found.keys() == reference.keys() for found in mine)
     total = np.sqrt(sum(np.sum(np.square(g)) for g in reference.values()))
     errors = {}
     for name, gradient in reference.items():
-        norm, error = np.linalg.norm(gradient), np.linalg.norm(mine[name] - gradient)
+        norm = np.linalg.norm(gradient)
+        error = min(np.linalg.norm(found[name] - gradient) for found in mine)
         if name in UNUSED:
             assert norm == 0
-            assert not np.any(mine[name])
+            assert not any(np.any(found[name]) for found in mine)
         elif shifted_by_a_constant(name):
-            assert max(norm, np.linalg.norm(mine[name])) < 1e-5 * total, name
+            norms = (norm, *(np.linalg.norm(found[name]) for found in mine))
+            assert max(norms) < 1e-5 * total, name
         else:
             assert norm > 1e-6 * total, f"{name} does not learn"
             errors[name] = error / norm
@@ -175,4 +191,4 @@ def test_every_gradient_agrees(both):
 
 def test_every_row_of_the_temporal_table_learns(both):
     (_, mine), _ = both
-    assert np.all(np.square(mine["maskmem_tpos_enc"]).sum(axis=(1, 2, 3)) > 0)
+    assert np.all(np.square(mine[0]["maskmem_tpos_enc"]).sum(axis=(1, 2, 3)) > 0)
