@@ -262,13 +262,21 @@ def _line(key: tuple, groups: dict[tuple, list[dict[str, Any]]]) -> str:
         method,
         len(own),
         _spread([row["test"]["dice"] for row in own], 3),
-        _spread([row["test"].get("hd95_mm") for row in own], 2),
+        _distance([row["test"] for row in own]),
         recovered(groups, key),
         _minutes([row["train_s"] for row in own]),
         f"{statistics.fmean(row['slices_per_s'] for row in own):.1f}",
         max((row["peak_mib"] for row in own if row["peak_mib"]), default="stopped"),
     ]
     return "| " + " | ".join(map(str, cells)) + " |"
+
+
+def _distance(scores: list[dict[str, Any]]) -> str:
+    """HD95 in mm; in voxels, said so, where the files do not know their spacing."""
+    if any("hd95_mm" in test for test in scores):
+        return _spread([test.get("hd95_mm") for test in scores], 2)
+    found = _spread([test.get("hd95_voxel") for test in scores], 2)
+    return found if found == "none" else f"{found} voxels"
 
 
 def _spread(values: list[float | None], digits: int) -> str:

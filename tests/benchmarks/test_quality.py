@@ -134,3 +134,9 @@ def test_curves_are_thinned():
     assert len(found["coverage"]) == 10
     assert found["coverage"][1] == [10, pytest.approx(10 / 7, abs=1e-4)]
     assert found["pseudo_recall"] == [[100, 0.1235]]
+
+
+def test_distances_without_a_spacing_are_in_voxels():
+    assert quality._distance([{"hd95_mm": 2.0}, {"hd95_mm": 3.0}]) == "2.50 ± 0.71"
+    assert quality._distance([{"hd95_voxel": 8.142}]) == "8.14 voxels"
+    assert quality._distance([{"hd95_mm": None}]) == quality._distance([{}]) == "none"
