@@ -68,7 +68,7 @@ def test_prediction_and_data_in_one_file(bench):
     assert whole["slices"] == alone["slices"] == 4
     assert whole["volume_s"]["median"] > alone["volume_s"]["median"] > 0
     assert whole["volumes_per_min"] == pytest.approx(60 / whole["volume_s"]["median"], abs=0.01)
-    assert sum(row["benchmark"] == "data_rate" for row in found["rows"]) == 5
+    assert sum(row["benchmark"] == "data_rate" for row in found["rows"]) == 6
     assert found["benchmark"] == "predict_rate+data_rate"
     assert "predict_rate\n" in out
 
