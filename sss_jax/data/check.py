@@ -115,6 +115,7 @@ def _check_case(
         return None, faults
     with collected(faults):
         range_of(volume, options)
+    with collected(faults):
         refuse_large(make_frame(volume, options.slice_axis), case.image, options)
     return _facts(case, volume, counts), faults
 
