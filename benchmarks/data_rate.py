@@ -23,8 +23,7 @@ import numpy as np
 from sss_jax import process
 from sss_jax.benchmarks import result
 from sss_jax.benchmarks.request import Measured, Request
-from sss_jax.data.examples import Scan, lay, place
-from sss_jax.data.pipeline import Loader, draw_slices
+from sss_jax.data.pipeline import Loader, draw_slices, fitted
 from sss_jax.data.prepare import prepare_folder
 from sss_jax.data.prepared_source import PreparedSource, PreparedStack
 from sss_jax.data.sources import Source, open_source
@@ -305,7 +304,7 @@ def stage_times(folder: Path, shards: Path, size: int) -> list[dict[str, Any]]:
             marks = [time.process_time()]
             scan = way.source.read(case, None, way.options.data).read(positions)
             marks.append(time.process_time())
-            image = fitted(scan, size, way.options.data)
+            image, _, _ = fitted(scan, size, way.options.data)
             marks.append(time.process_time())
             np.stack([image])
             marks.append(time.process_time())
@@ -316,11 +315,6 @@ def stage_times(folder: Path, shards: Path, size: int) -> list[dict[str, Any]]:
         times = {n: float(f"{1000 * s / slices:.3g}") for n, s in zip(names, spent, strict=True)}
         rows.append({"size": size, "source": way.name, **times})
     return rows
-
-
-def fitted(scan: Scan, size: int, options: DataOptions) -> np.ndarray:
-    """Do to the slices of a clip what the loader does."""
-    return lay(scan, size, options)[0] if options.canvas else place(scan, size, options).image_SHW
 
 
 if __name__ == "__main__":

@@ -8,11 +8,10 @@ import jax
 import jax.numpy as jnp
 
 from sss_jax.axes import Array, Float, Int
+from sss_jax.data.resize import LEAD
 from sss_jax.options import Options
 
 __all__ = ["fit", "resize_weights"]
-
-_LEAD = 1e-6  # a share counts when it leads by more than rounding, so that ties go the lower way
 
 
 def fit(clips: dict[str, Array], options: Options) -> dict[str, Array]:
@@ -83,7 +82,7 @@ def _largest_share(
     ) -> tuple[tuple[Array, Array, Array], None]:
         leader, best, background = seen
         share = _resize((label_BSrc == label).astype(jnp.float32), rows_BHr, columns_BWc)
-        wins = share > best + _LEAD
+        wins = share > best + LEAD
         now = jnp.where(wins, label, leader), jnp.where(wins, share, best), background - share
         return now, None
 
@@ -91,4 +90,4 @@ def _largest_share(
     start = jnp.zeros(shape, label_BSrc.dtype), jnp.zeros(shape), jnp.ones(shape)
     labels = jnp.arange(1, classes + 1, dtype=label_BSrc.dtype)
     (leader, best, background), _ = jax.lax.scan(add, start, labels)
-    return jnp.where(background >= best - _LEAD, 0, leader)
+    return jnp.where(background >= best - LEAD, 0, leader)

@@ -239,11 +239,11 @@ def lay(
     Raises:
         DataError: the slices are larger than the canvas.
     """
-    rows, columns = plane = scan.image_SHW.shape[1:]
+    rows, columns = plane = scan.frame.plane
     if max(plane) > options.canvas:
-        problem, fix = _too_large((rows, columns), options.canvas)
+        problem, fix = _too_large(plane, options.canvas)
         raise DataError(f"a volume {problem}: {fix}")
-    top, left, height, width = place_plane(scan.frame, (rows, columns), size, options.fit).box
+    top, left, height, width = place_plane(scan.frame, plane, size, options.fit).box
     image = _on_canvas(scan.image_SHW, options.canvas)
     label = None if scan.label_SHW is None else _on_canvas(scan.label_SHW, options.canvas)
     return image, label, np.array([rows, height, top, columns, width, left], np.int32)

@@ -51,6 +51,17 @@ def draw_slices(
     return start + stride * np.arange(wanted)
 
 
+def fitted(
+    scan: Scan, size: int, options: DataOptions
+) -> tuple[Image, Labels | None, dict[str, NDArray[np.int32]]]:
+    """Bring slices to the square, or onto the canvas with `placement` for the device."""
+    if options.canvas:
+        image, label, placement = lay(scan, size, options)
+        return image, label, {"placement": placement}
+    example = place(scan, size, options)
+    return example.image_SHW, example.label_SHW, {}
+
+
 class Loader:
     """The labelled and unlabelled clips of every training step.
 
@@ -180,7 +191,7 @@ class Loader:
         stack = self._stacks(self._case(stream, number))
         rng = self._rng(stream, _CLIP, number)
         slices = draw_slices(stack, self._data, rng, labelled=labelled)
-        image, label, placement = self._fitted(stack.read(slices))
+        image, label, placement = fitted(stack.read(slices), self._model.image_size, self._data)
         clip = {
             "stream": stream,
             "image": self._padded(image)[..., None],
@@ -192,13 +203,6 @@ class Loader:
             assert label is not None
             clip["label"] = self._padded(label)
         return clip
-
-    def _fitted(self, scan: Scan) -> tuple[Image, Labels | None, dict[str, NDArray[np.int32]]]:
-        if self._data.canvas:
-            image, label, placement = lay(scan, self._model.image_size, self._data)
-            return image, label, {"placement": placement}
-        example = place(scan, self._model.image_size, self._data)
-        return example.image_SHW, example.label_SHW, {}
 
     def _padded(self, array_SHW: NDArray[Any]) -> NDArray[Any]:
         """Append empty slices to a clip of a short volume; a whole clip is not copied."""

@@ -155,7 +155,9 @@ class PreparedSource:
     def faults(
         self, cases: Sequence[Case], num_classes: int | None, options: DataOptions
     ) -> Iterator[tuple[Case, list[FileFault]]]:
-        """Compare labels and classes; records are held against their checksums when they are read.
+        """Compare labels and classes, slices and canvas.
+
+        Records are held against their checksums when they are read.
 
         Raises:
             ConfigError: the records were made with other settings.

@@ -12,6 +12,9 @@ from numpy.typing import NDArray
 
 Matrix = NDArray[np.float32]
 
+LEAD = 1e-6
+"""How far a label's share must lead: more than rounding, so that ties go to the lower label."""
+
 
 @functools.lru_cache(maxsize=256)
 def resize_matrix(source: int, target: int, before: int = 0, total: int = 0) -> Matrix:
@@ -78,11 +81,10 @@ def _largest_share(label_HW: NDArray[np.uint8], rows: Matrix, columns: Matrix) -
         source, area = _reach(plane, rows, columns)
         share = rows[area[0], source[0]] @ plane[source] @ columns[area[1], source[1]].T
         background[area] -= share
-        # A share counts when it leads by more than rounding, so that ties go to the lower label.
-        wins = share > best[area] + 1e-6
+        wins = share > best[area] + LEAD
         out[area][wins] = label
         best[area][wins] = share[wins]
-    out[background >= best - 1e-6] = 0
+    out[background >= best - LEAD] = 0
     return out
 
 
