@@ -27,6 +27,8 @@ _HEADER = re.compile(r"^(ENTRY\s+)?%?([\w.\-]+)\s+\(.*\)\s*->.*\{\s*$")
 _CONDITION = re.compile(r"condition=%?([\w.\-]+)")
 # Results that are names for memory, not traffic.
 _FREE = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "conditional"}
+# Calls that set memory aside, or hand over what was started before.
+_SETS_ASIDE = {"AllocateBuffer", "PrepareAsyncCallStart", "PrepareAsyncCallDone"}
 # Runs computations whose instructions are kernels by themselves.
 _SEQUENCES = {"while", "conditional", "call"}
 _TARGET = re.compile(r'custom_call_target="([^"]*)"')
@@ -126,7 +128,7 @@ class Program:
                 continue
             shapes = {i.name: i.shape for i in part.instructions}
             for instruction in part.instructions:
-                if instruction.opcode not in _FREE:
+                if not _is_free(instruction):
                     cost = hlo_kernels.cost(instruction, shapes, self._computations)
                     found.append(Cost(instruction.source, *cost, part.times, part.exact))
         return found
@@ -188,6 +190,13 @@ class Program:
         ends = [lines[name] for name in last.operands if name in lines]
         numbers = [end.number for end in ends if end.opcode == "constant"]
         return numbers[0] if len(numbers) == 1 else None
+
+
+def _is_free(instruction: Instruction) -> bool:
+    """Whether an instruction moves and computes nothing; the end of a transfer does not either."""
+    target = _TARGET.search(instruction.rest) if instruction.opcode == "custom-call" else None
+    aside = target is not None and target.group(1) in _SETS_ASIDE
+    return aside or instruction.opcode in _FREE or instruction.opcode.endswith("-done")
 
 
 def _moved(instruction: Instruction) -> int:

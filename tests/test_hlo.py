@@ -101,6 +101,23 @@ ENTRY %main (p0: (s32[], f32[8,8])) -> (s32[], f32[8,8]) {
 """
 
 
+SET_ASIDE = """HloModule jit_step
+
+ENTRY %main (p0: f32[8]) -> f32[8] {
+  %p0 = f32[8]{0} parameter(0)
+  %room = f32[1024]{0} custom-call(), custom_call_target="AllocateBuffer"
+  %filled = f32[8]{0} custom-call(%p0), custom_call_target="Fill"
+  %start = ((f32[8]{0}), f32[8]{0}, s32[]) copy-start(%filled)
+  ROOT %done = f32[8]{0} copy-done(%start)
+}
+"""
+
+
+def test_memory_that_is_set_aside_is_no_traffic():
+    costs = {c.nbytes for c in Program(SET_ASIDE).costs()}
+    assert costs == {32 + 32, 32 + 32 + 32 + 4}  # what fills it, and the start of the transfer
+
+
 def test_a_loop_that_counts_says_how_often_it_runs():
     products = [(c.flops, c.times, c.exact) for c in Program(COUNTED).costs() if c.flops]
     assert products == [(2 * 8**3, 5, True), (2 * 8**3, 1, False)]
