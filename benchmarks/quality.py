@@ -126,7 +126,9 @@ def _effective(options: Options) -> Options:
         options,
         model=model,
         memory=dataclasses.replace(
-            MemoryOptions(kind="none") if memory.kind == "none" else memory, remat=False
+            MemoryOptions(kind="none") if memory.kind == "none" else memory,
+            remat=False,
+            remat_keeps="nothing",
         ),
         dfe=dataclasses.replace(dfe if dfe.enabled else DFEOptions(enabled=False), remat=False),
         pcsw=pcsw if pcsw.enabled else PCSWOptions(enabled=False),

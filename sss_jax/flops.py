@@ -40,7 +40,15 @@ def count(function: Callable[..., Any], *args: Any, again: bool = True) -> int:
 
 
 def _of_jaxpr(jaxpr: core.Jaxpr, again: bool) -> int:
-    return sum(_of_equation(equation, again) for equation in jaxpr.eqns)
+    needed = {id(x) for equation in jaxpr.eqns for x in equation.invars}
+    needed |= {id(x) for x in jaxpr.outvars}
+    return sum(_of_equation(e, again) for e in jaxpr.eqns if not _is_dead(e, needed))
+
+
+def _is_dead(equation: Any, needed: set[int]) -> bool:
+    """Whether a kernel's results have no use: JAX itself keeps it, the compiler drops it."""
+    kernel = equation.primitive.name == "pallas_call"
+    return kernel and not any(id(x) in needed for x in equation.outvars)
 
 
 def _of_equation(equation: Any, again: bool) -> int:

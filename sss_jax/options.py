@@ -33,11 +33,13 @@ class ModelOptions:
     image_size: int = option(1024, "side of the square input, pixels", low=32, high=4096)
     num_classes: int = option(1, "foreground classes K; labels are 0..K", low=1, high=254)
     dtype: str = option("float32", "computation type", choices=("float32", "bfloat16"))
-    remat: bool = option(False, "recompute trunk activations in the backward pass")
+    remat: bool = option(
+        False, "recompute the trunk's blocks and memory attention's layers in the backward pass"
+    )
     remat_keeps: str = option(
         "nothing",
-        "what a recomputed block keeps: nothing, or the results of its products",
-        choices=("nothing", "products"),
+        "what a recomputed block keeps: nothing, its attention, or the results of all its products",
+        choices=("nothing", "attention", "products"),
     )
     loop_blocks: bool = option(False, "equal layers as a loop, which compiles sooner")
     kernels: str = option(
@@ -150,7 +152,14 @@ class MemoryOptions:
     truncate: int = option(
         0, "slices through which gradients of memories flow; 0: all of the clip", low=0
     )
-    remat: bool = option(True, "recompute a slice's decoder in the backward pass")
+    remat: bool = option(
+        True, "recompute a slice's memory attention and decoder in the backward pass"
+    )
+    remat_keeps: str = option(
+        "attention",
+        "what a recomputed slice keeps: nothing, its attention, or the results of all its products",
+        choices=("nothing", "attention", "products"),
+    )
     capacity: int = option(16, "entries of the self-sorting bank, per class", low=2, high=1024)
     samples: int = option(7, "entries of that bank that an image looks at", low=1, high=1024)
 

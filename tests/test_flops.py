@@ -6,7 +6,7 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from sss_jax.flops import count
-from sss_jax.models import convolution
+from sss_jax.models import attention, convolution
 
 X = jnp.ones((4, 8))
 W = jnp.ones((8, 16))
@@ -118,3 +118,19 @@ def test_what_no_result_needs_costs_nothing():
     # The gradient of the maps is written out beside the kernel's, and nobody asks for it.
     assert count(jax.grad(loss), kernel) == once
     assert count(turns, kernel) == 3 * once
+
+
+def test_a_kernel_whose_result_is_kept_is_not_computed_again():
+    x = jnp.ones((1, 256, 64))
+
+    def loss(x):
+        return jnp.tanh(attention._streamed(jnp.sin(x), x, x, None, True)).sum()
+
+    def operations(*policy):
+        lean = jax.checkpoint(loss, policy=policy[0]) if policy else loss
+        return count(jax.value_and_grad(lean), x)
+
+    forward = 2 * 256 * 256 * (64 + 64)
+    plain = operations()
+    assert operations(attention.KEEPS["attention"]) == plain
+    assert operations(attention.KEEPS["nothing"]) == plain + forward

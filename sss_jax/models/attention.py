@@ -35,7 +35,17 @@ SMALLEST_BLOCK = 64
 """Queries per block at least: products with fewer columns are slow."""
 
 ATTENDED = "attended"
-"""Name of the results of `large_attention`, for policies of what a recomputed layer keeps."""
+"""Name of the results of attention, for policies of what a recomputed part keeps."""
+
+_attended = jax.checkpoint_policies.save_only_these_names(ATTENDED)
+KEEPS = {
+    "nothing": None,
+    "attention": _attended,
+    "products": jax.checkpoint_policies.save_from_both_policies(
+        _attended, jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+    ),
+}
+"""What a recomputed part keeps for the backward pass; attention is dearer than all the rest."""
 
 
 def attention(

@@ -6,12 +6,12 @@ Source: Hiera (Ryali et al. 2023) and SAM 2 (Ravi et al. 2024).
 from typing import NamedTuple
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from sss_jax.axes import Array, Float
 from sss_jax.models import layers, position, repeats, window_kernel
-from sss_jax.models.attention import attention, large_attention
+from sss_jax.models.attention import ATTENDED, KEEPS, attention, large_attention
 from sss_jax.models.initial import initialiser
 from sss_jax.models.presets import Sam2Config
 
@@ -116,7 +116,7 @@ def _attend(
     q = layers.max_pool(q) if pool else q
     n, h, w, width = q.shape
     q, k, v = (layers.split_heads(a.reshape(n, -1, width), heads) for a in (q, k, v))
-    y = attention(q, k, v) if window else _attend_everywhere(q, k, v, kernels)
+    y = _attend_inside(q, k, v) if window else _attend_everywhere(q, k, v, kernels)
     return layers.merge_heads(y).reshape(n, h, w, width)
 
 
@@ -133,7 +133,11 @@ def _attend_in_kernel(
     q = layers.max_pool(q) if pool else q
     n, h, w, _ = q.shape
     y = window_kernel.attend(q.reshape(n, h * w, -1), kv.reshape(n, window**2, -1), heads)
-    return y.reshape(n, h, w, width)
+    return checkpoint_name(y, ATTENDED).reshape(n, h, w, width)
+
+
+def _attend_inside(q: Array, k: Array, v: Array) -> Array:
+    return checkpoint_name(attention(q, k, v), ATTENDED)
 
 
 def _attend_everywhere(q: Array, k: Array, v: Array, kernels: bool) -> Array:
@@ -177,13 +181,6 @@ class Block(nn.Module):
         y = layers.LayerNorm(self.dtype, name="norm2")(x)
         hidden = (self.mlp_ratio * self.width, self.width)
         return x + layers.MLP(hidden, layers.gelu, self.dtype, name="mlp")(y)
-
-
-_KEEPS = {
-    "nothing": None,
-    "products": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-}
-"""What a recomputed block keeps, for the backward pass."""
 
 
 class PatchEmbed(nn.Module):
@@ -244,7 +241,7 @@ class Hiera(nn.Module):
         shape = (*block_table(c)[i], *self._common())
         if c.remat and not self.is_initializing():
             params = self.variables["params"][f"blocks_{i}"]
-            policy = _KEEPS[c.remat_keeps]
+            policy = KEEPS[c.remat_keeps]
             return repeats.apply(Block(*shape, parent=None), params, x, remat=True, policy=policy)
         return Block(*shape, name=f"blocks_{i}")(x)
 
@@ -253,7 +250,7 @@ class Hiera(nn.Module):
         shapes = block_table(c)[run.first : run.first + run.period]
         group = [Block(*shape, *self._common(), parent=None) for shape in shapes]
         params = [self.variables["params"][f"blocks_{i}"] for i in range(run.first, run.end)]
-        return repeats.loop(group, params, x, remat=c.remat, policy=_KEEPS[c.remat_keeps])
+        return repeats.loop(group, params, x, remat=c.remat, policy=KEEPS[c.remat_keeps])
 
     def _common(self) -> tuple[int, jnp.dtype, bool]:
         """What is the same for all blocks."""

@@ -6,7 +6,8 @@ channels of a memory.
 Differs from the paper: without the dropout that SAM 2 was trained with.
 """
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -15,7 +16,7 @@ import numpy as np
 
 from sss_jax.axes import Array, Bool, Float
 from sss_jax.models import layers, position, repeats
-from sss_jax.models.attention import ATTENDED, large_attention
+from sss_jax.models.attention import KEEPS, large_attention
 from sss_jax.models.initial import initialiser
 from sss_jax.models.presets import Sam2Config
 
@@ -40,10 +41,6 @@ class MemoryKeys(NamedTuple):
     key_BKNM: Float[Array, "B K N M"]
     valid_BKN: Bool[Array, "B K N"]
     spatial: int
-
-
-_KEEPS = jax.checkpoint_policies.save_only_these_names(ATTENDED)
-"""What a recomputed layer keeps: the attention, dearer than all the rest together."""
 
 
 class RotaryDense(nn.Module):
@@ -186,10 +183,26 @@ class MemoryAttention(nn.Module):
         # The first layer gives every object features of its own; the others are alike.
         looped = c.loop_blocks and not self.is_initializing() and c.memory_layers > 2
         for i in range(1 if looped else c.memory_layers):
-            x = MemoryAttentionLayer(c, name=f"layers_{i}")(x, memory, table)
+            x = self._single(i, x, memory, table)
         if looped:
             params = [self.variables["params"][f"layers_{i}"] for i in range(1, c.memory_layers)]
             layer = MemoryAttentionLayer(c, parent=None)
-            x = repeats.loop([layer], params, x, memory, table, remat=c.remat, policy=_KEEPS)
+            x = repeats.loop([layer], params, x, memory, table, remat=c.remat, policy=_keeps(c))
         x = layers.LayerNorm(c.compute_dtype, EPSILON, name="norm")(x)
         return x.reshape(b, -1, h, w, d)
+
+    def _single(self, i: int, x: Array, memory: MemoryKeys, table: Rotation) -> Array:
+        c = self.config
+        if not c.remat or self.is_initializing():
+            return MemoryAttentionLayer(c, name=f"layers_{i}")(x, memory, table)
+        layer, params = (
+            MemoryAttentionLayer(c, parent=None),
+            self.variables["params"][f"layers_{i}"],
+        )
+        return repeats.apply(layer, params, x, memory, table, remat=True, policy=_keeps(c))
+
+
+def _keeps(config: Sam2Config) -> Callable[..., Any]:
+    """What a recomputed layer keeps: at least the attention, a quarter of whose width is kept."""
+    policy: Any = KEEPS["attention" if config.remat_keeps == "nothing" else config.remat_keeps]
+    return policy

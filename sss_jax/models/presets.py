@@ -16,8 +16,10 @@ class Sam2Config:
         name: preset this came from.
         image_size: side of the square input, pixels; no parameter depends on it.
         dtype: computation type; parameters are float32.
-        remat: recompute the activations of every trunk block in the backward pass.
-        remat_keeps: what is kept of a block all the same: "nothing", or the results of "products".
+        remat: recompute the activations of the trunk's blocks, and of the layers of memory
+            attention, in the backward pass.
+        remat_keeps: what is kept of a block all the same, a key of `attention.KEEPS`; of a layer of
+            memory attention at least the attention.
         loop_blocks: equal layers as a loop, which compiles sooner.
         kernels: attention as kernels that only TPUs run.
         stem_kernel: side of the patch convolution.

@@ -20,6 +20,7 @@ import jax
 import jax.numpy as jnp
 
 from sss_jax.axes import Array, Bool, Int
+from sss_jax.models.attention import KEEPS
 from sss_jax.models.mask_decoder import Skips
 from sss_jax.models.memory_bank import (
     TwoWays,
@@ -127,7 +128,9 @@ def carry_classes(
     route = outwards(prompts.start_BK.reshape(objects), num_N, slices)
     walk = _Walk(network, skips_of, prompts, num_N, options)
     begin = walk.begin(slice_mask_BS)
-    visit = jax.checkpoint(walk.visit) if options.memory.remat else walk.visit
+    visit = walk.visit
+    if options.memory.remat:
+        visit = jax.checkpoint(visit, policy=KEEPS[options.memory.remat_keeps])
     steps = (jnp.arange(slices), route.slice_NS.T, route.backwards_NS.T)
     _, found = jax.lax.scan(visit, begin, steps)
 

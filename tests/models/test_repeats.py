@@ -27,6 +27,7 @@ DEEP = Sam2Config(
     memory_mlp=32,
 )
 LOOPED = dataclasses.replace(DEEP, loop_blocks=True)
+KEPT = ("attention", "products")
 
 
 def shortest(layers):
@@ -94,7 +95,7 @@ def trunk():
 
 
 @pytest.mark.parametrize(
-    "changes", [{}, {"remat": True}, {"remat": True, "remat_keeps": "products"}]
+    "changes", [{}, {"remat": True}, *({"remat": True, "remat_keeps": k} for k in KEPT)]
 )
 def test_a_looped_trunk_is_the_trunk(trunk, changes):
     image, params, expected = trunk
@@ -116,13 +117,14 @@ def test_kept_products_are_not_computed_again(trunk, config):
         gradient = jax.grad(lambda p: sum(y.sum() for y in module.apply({"params": p}, image)))
         return flops.count(gradient, params)
 
-    plain, lean = operations(), operations(remat=True)
-    kept = operations(remat=True, remat_keeps="products")
-    assert plain < kept < lean, "the products of attention are computed again all the same"
+    attended, products = (operations(remat=True, remat_keeps=keeps) for keeps in KEPT)
+    # The weights of attention inside windows are computed again all the same.
+    assert operations() < products < attended < operations(remat=True)
 
 
+@pytest.mark.parametrize("config", [DEEP, LOOPED], ids=["layers", "loop"])
 @pytest.mark.parametrize("remat", [False, True])
-def test_looped_memory_attention_is_memory_attention(remat):
+def test_recomputed_and_looped_memory_attention_is_memory_attention(config, remat):
     generator = np.random.default_rng(2)
     draw = lambda *shape: generator.standard_normal(shape).astype(np.float32)  # noqa: E731
     keys = MemoryKeys(draw(2, 3, 32, 8), draw(2, 3, 32, 8), generator.random((2, 3, 32)) > 0.2, 32)
@@ -132,7 +134,7 @@ def test_looped_memory_attention_is_memory_attention(remat):
         return jax.eval_shape(lambda key: module.init(key, coarse, keys), jax.random.key(0))
 
     plain = MemoryAttention(DEEP)
-    looped = MemoryAttention(dataclasses.replace(LOOPED, remat=remat))
+    looped = MemoryAttention(dataclasses.replace(config, remat=remat))
     assert initial(plain) == initial(looped)
     params = random_like(initial(plain)["params"])
     assert_same(
@@ -141,21 +143,21 @@ def test_looped_memory_attention_is_memory_attention(remat):
     )
 
 
-def test_recomputed_memory_attention_does_not_attend_again():
+@pytest.mark.parametrize("config", [DEEP, LOOPED], ids=["layers", "loop"])
+def test_recomputed_memory_attention_does_not_attend_again(config):
     keys = MemoryKeys(
         jnp.zeros((1, 1, 256, 8)), jnp.zeros((1, 1, 256, 8)), jnp.ones((1, 1, 256), bool), 256
     )
     coarse = jnp.zeros((1, 16, 16, DEEP.width))
 
-    def operations(config):
-        module = MemoryAttention(config)
+    def operations(**changes):
+        module = MemoryAttention(dataclasses.replace(config, **changes))
         params = jax.eval_shape(lambda key: module.init(key, coarse, keys), jax.random.key(0))
         loss = lambda p: module.apply(p, coarse, keys).sum()  # noqa: E731
         return flops.count(jax.grad(loss), params)
 
-    kept = operations(LOOPED)
-    lean = operations(dataclasses.replace(LOOPED, remat=True))
-    # One product of all queries with all keys, in both attentions of the looped layers. The
+    kept, lean = operations(), operations(remat=True)
+    # One product of all queries with all keys, in both attentions of every layer. The
     # derivative of a softmax takes that of the logits again, but the one with the values is kept.
-    product = 2 * 256 * 256 * DEEP.width * 2 * (DEEP.memory_layers - 1)
+    product = 2 * 256 * 256 * DEEP.width * 2 * DEEP.memory_layers
     assert kept + product < lean < kept + 2 * product

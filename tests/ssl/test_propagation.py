@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from sss_jax import flops
 from sss_jax.models.memory_bank import (
     Memory,
     TwoWays,
@@ -213,6 +214,14 @@ def test_rematerialisation_changes_nothing(setup, whole):
         # A bias of the keys shifts all logits of a softmax alike: its gradient is rounding.
         if "k_proj" not in (name := jax.tree_util.keystr(path)) or "bias" not in name:
             assert np.linalg.norm(a - b) <= 1e-4 * np.linalg.norm(b), name
+
+
+def test_what_a_recomputed_slice_keeps_is_not_computed_again(setup):
+    def operations(**memory):
+        return flops.count(lambda: gradient(setup, **memory))
+
+    counts = [operations(remat_keeps=keeps) for keeps in ("products", "attention", "nothing")]
+    assert operations(remat=False) < counts[0] < counts[1] < counts[2]
 
 
 def test_cut_at_every_slice_nothing_reaches_the_memory_encoder(setup):
