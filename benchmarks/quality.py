@@ -129,6 +129,7 @@ def _effective(options: Options) -> Options:
             MemoryOptions(kind="none") if memory.kind == "none" else memory,
             remat=False,
             remat_keeps="nothing",
+            unroll=False,
         ),
         dfe=dataclasses.replace(dfe if dfe.enabled else DFEOptions(enabled=False), remat=False),
         pcsw=pcsw if pcsw.enabled else PCSWOptions(enabled=False),

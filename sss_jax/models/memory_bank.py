@@ -11,6 +11,7 @@ Axes: B volumes, K objects, L memory slots, R pointer slots, P positions, M chan
 channels of a pointer.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax.numpy as jnp
@@ -82,6 +83,28 @@ def empty_bank(
         jnp.full((batch, objects, slots), EMPTY, jnp.int32),
         jnp.zeros((batch, objects, pointers, config.width), dtype),
         jnp.full((batch, objects, pointers), EMPTY, jnp.int32),
+    )
+
+
+def bank_of(
+    config: Sam2Config, past: Sequence[Memory], slices: Sequence[Int[Array, "B K"]]
+) -> MemoryBank:
+    """Return the bank of what one slice after the other left, with room for no other memories.
+
+    Args:
+        config: network shape.
+        past: what they left, that of the one prompted slice first; at most as many as `reach` takes
+            pointers of.
+        slices: slice number of each; -1 for the objects whose volume had ended.
+    """
+    memories, pointers = zip(*past, strict=True)
+    slices_BKL = jnp.stack(slices, axis=2)
+    free = ((0, 0), (0, 0), (0, config.max_pointers - len(past)))
+    return MemoryBank(
+        jnp.stack(memories, axis=2),
+        slices_BKL,
+        jnp.pad(jnp.stack(pointers, axis=2), (*free, (0, 0))),
+        jnp.pad(slices_BKL, free, constant_values=EMPTY),
     )
 
 

@@ -14,7 +14,7 @@ included, because a threshold has no gradient; a slice has the single mask, what
 
 import functools
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -23,12 +23,17 @@ from sss_jax.axes import Array, Bool, Int
 from sss_jax.models.attention import KEEPS
 from sss_jax.models.mask_decoder import Skips
 from sss_jax.models.memory_bank import (
+    EMPTY,
+    Memory,
+    MemoryBank,
     TwoWays,
+    bank_of,
     empty_bank,
     remember_on_the_way,
     remember_prompted,
     turn_back,
 )
+from sss_jax.models.presets import Sam2Config
 from sss_jax.models.prompt_encoder import MaskPrompts, Prompts
 from sss_jax.models.sss import SegmentOutput, SliceOutput, as_classes
 from sss_jax.options import Options
@@ -127,12 +132,11 @@ def carry_classes(
     num_N = jnp.repeat(jnp.sum(slice_mask_BS, axis=1, dtype=jnp.int32), classes)
     route = outwards(prompts.start_BK.reshape(objects), num_N, slices)
     walk = _Walk(network, skips_of, prompts, num_N, options)
-    begin = walk.begin(slice_mask_BS)
-    visit = walk.visit
-    if options.memory.remat:
-        visit = jax.checkpoint(visit, policy=KEEPS[options.memory.remat_keeps])
-    steps = (jnp.arange(slices), route.slice_NS.T, route.backwards_NS.T)
-    _, found = jax.lax.scan(visit, begin, steps)
+    if options.memory.unroll and slices <= longest_unrolled(network.model.config):
+        found = walk.step_by_step(route)
+    else:
+        steps = (jnp.arange(slices), route.slice_NS.T, route.backwards_NS.T)
+        _, found = jax.lax.scan(walk.lean(walk.visit), walk.begin(slice_mask_BS), steps)
 
     def in_order(x_SN: Array) -> Array:
         x_NS = _take(jnp.moveaxis(x_SN, 0, 1), route.step_NS)
@@ -140,6 +144,11 @@ def carry_classes(
         return clips_to_images(jnp.swapaxes(x_BKS, 1, 2))
 
     return as_classes(*(in_order(x) for x in found))
+
+
+def longest_unrolled(config: Sam2Config) -> int:
+    """Most slices of a clip in which nothing is ever forgotten for want of room."""
+    return min(config.num_maskmem, config.max_pointers) + 1
 
 
 class _Walk(NamedTuple):
@@ -164,24 +173,70 @@ class _Walk(NamedTuple):
         bank = jax.tree.map(lambda x: jnp.where(nothing, 0, x).astype(x.dtype), bank)
         return TwoWays(bank, bank)
 
+    def lean(self, visit: Callable[..., Any]) -> Callable[..., Any]:
+        """Return what visits a slice, recomputed in the backward pass if so asked."""
+        memory = self.options.memory
+        return jax.checkpoint(visit, policy=KEEPS[memory.remat_keeps]) if memory.remat else visit
+
+    def step_by_step(self, route: Route) -> SliceOutput:
+        """Visit all slices, with room for no more memories than there are at each step."""
+        found: list[SliceOutput] = []
+        past: list[Memory] = []
+        seen: list[Array] = []
+        length = self.options.memory.truncate
+        for step in range(route.slice_NS.shape[1]):
+            slice_N = route.slice_NS[:, step]
+            if length and step % length == 0:
+                past = jax.lax.stop_gradient(past)
+            visit = self.lean(self._visit_after)
+            output, memory = visit(past, seen, slice_N, route.backwards_NS[:, step])
+            found.append(output)
+            past.append(memory)
+            seen.append(jnp.where(step < self.num_N, slice_N, EMPTY)[:, None])
+        return jax.tree.map(lambda *steps: jnp.stack(steps), *found)
+
+    def _visit_after(
+        self, past: list[Memory], seen: list[Array], slice_N: Array, backwards_N: Array
+    ) -> tuple[SliceOutput, Memory]:
+        """Segment one slice of every object, after those that they have `seen`."""
+
+        def look(coarse: Array) -> Array:
+            if not past:
+                return self.network.without_memory(coarse)
+            bank = bank_of(self.network.model.config, past, seen)
+            return self._look(coarse, bank, slice_N, backwards_N)
+
+        return self._segment(slice_N, look)
+
+    def _look(self, coarse: Array, bank: MemoryBank, slice_N: Array, backwards_N: Array) -> Array:
+        place = (slice_N[:, None], self.num_N[:, None], backwards_N[:, None])
+        return self.network.with_memory(coarse, bank, *place)
+
+    def _segment(
+        self, slice_N: Array, look: Callable[[Array], Array]
+    ) -> tuple[SliceOutput, Memory]:
+        """Segment a slice of every object; `look` conditions its coarse map on the memory."""
+        batch, classes = self.prompts.start_BK.shape
+        skips = self.skips_of(slice_N.reshape(batch, classes))
+        class_N1 = jnp.tile(jnp.arange(classes), batch)[:, None]
+        seen = look(skips.coarse_BHWD)
+        return self.network.segment_and_remember(skips, seen, *self._prompts_on(slice_N), class_N1)
+
     def visit(self, ways: TwoWays, now: tuple[Array, Array, Array]) -> tuple[TwoWays, SliceOutput]:
         """Segment one slice of every object and remember it."""
         step, slice_N, backwards_N = now
         at, back = slice_N[:, None], backwards_N[:, None]
         config = self.network.model.config
         ways = self._forget_gradients(turn_back(ways, at == self._turning_point()), step)
-        batch, classes = self.prompts.start_BK.shape
-        skips = self.skips_of(slice_N.reshape(batch, classes))
-        coarse = skips.coarse_BHWD
-        seen = jax.lax.cond(
-            step == 0,
-            lambda: self.network.without_memory(coarse),
-            lambda: self.network.with_memory(coarse, ways.bank, at, self.num_N[:, None], back),
-        )
-        class_N1 = jnp.tile(jnp.arange(classes), batch)[:, None]
-        output, memory = self.network.segment_and_remember(
-            skips, seen, *self._prompts_on(slice_N), class_N1
-        )
+
+        def look(coarse: Array) -> Array:
+            return jax.lax.cond(
+                step == 0,
+                lambda: self.network.without_memory(coarse),
+                lambda: self._look(coarse, ways.bank, slice_N, backwards_N),
+            )
+
+        output, memory = self._segment(slice_N, look)
         first = jnp.broadcast_to(step == 0, at.shape)
         ways = TwoWays(*(remember_prompted(b, config, memory, at, first) for b in ways))
         tracked = ~first & (step < self.num_N)[:, None]

@@ -25,6 +25,7 @@ _FREE = (
     "dfe.remat",
     "memory.remat",
     "memory.remat_keeps",
+    "memory.unroll",
     "model.remat",
     "model.remat_keeps",
     "train.log_every",

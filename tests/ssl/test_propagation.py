@@ -48,8 +48,19 @@ def test_the_way_goes_out_and_back(data, slices):
 @pytest.fixture(scope="module")
 def setup(micro):
     """A network that remembers three slices only, so that clips are longer than its rings."""
+    return case(micro, num_maskmem=4, max_pointers=3)
+
+
+@pytest.fixture(scope="module")
+def roomy(micro):
+    """A network that has room for all slices, some of which lie too far away to be looked at."""
+    return case(micro, num_maskmem=6, max_pointers=6)
+
+
+def case(micro, **reach):
+    """Network, options, parameters, images, prompts, and which slices are true ones."""
     model, options, _ = micro
-    model = model.clone(config=dataclasses.replace(model.config, num_maskmem=4, max_pointers=3))
+    model = model.clone(config=dataclasses.replace(model.config, **reach))
     params = init_params(model, jax.random.key(0))
     rng = np.random.default_rng(0)
     # Untrained tables are nearly 0; then what is remembered would hardly matter.
@@ -183,6 +194,11 @@ def test_clips_do_not_see_each_other_nor_padding(setup, run, found):
 
 def gradient(setup, **memory):
     """Gradient of the last slices of every object's way by the parameters."""
+    return masks_and_gradient(setup, **memory)[1]
+
+
+def masks_and_gradient(setup, **memory):
+    """Mask logits, and the gradient of a mix of all of them by the parameters."""
     model, options, params, image, prompts, mask = setup
     options = dataclasses.replace(options, memory=MemoryOptions(**memory))
     features = jax.jit(Network(model, params).encode)(image)
@@ -190,10 +206,16 @@ def gradient(setup, **memory):
     @jax.jit
     def loss(params):
         found = segment_clips(Network(model, params), features, prompts, mask, options)
-        weight = jnp.cos(jnp.arange(found.logits_BHWK1.size, dtype=jnp.float32))
-        return jnp.sum(found.logits_BHWK1 * weight.reshape(found.logits_BHWK1.shape))
+        logits = found.logits_BHWK1
+        weight = jnp.cos(jnp.arange(logits.size, dtype=jnp.float32)).reshape(logits.shape)
+        return jnp.sum(jnp.where(true_images(mask), logits * weight, 0.0)), logits
 
-    return jax.jit(jax.grad(loss))(params)["sam2"]
+    grads, logits = jax.jit(jax.grad(loss, has_aux=True))(params)
+    return logits, grads["sam2"]
+
+
+def true_images(mask):
+    return clips_to_images(mask)[:, None, None, None]
 
 
 @pytest.fixture(scope="module")
@@ -209,11 +231,44 @@ def test_gradients_reach_what_remembers_and_what_looks(whole):
 
 
 def test_rematerialisation_changes_nothing(setup, whole):
-    again = jax.tree_util.tree_leaves_with_path(gradient(setup, remat=True))
-    for (path, a), b in zip(again, jax.tree.leaves(whole), strict=True):
+    assert_same(gradient(setup, remat=True), whole)
+
+
+def assert_same(found, wanted):
+    leaves = jax.tree_util.tree_leaves_with_path(found)
+    for (path, a), b in zip(leaves, jax.tree.leaves(wanted), strict=True):
         # A bias of the keys shifts all logits of a softmax alike: its gradient is rounding.
         if "k_proj" not in (name := jax.tree_util.keystr(path)) or "bias" not in name:
             assert np.linalg.norm(a - b) <= 1e-4 * np.linalg.norm(b), name
+
+
+@pytest.mark.parametrize(
+    "memory",
+    [{"remat": False}, pytest.param({"remat": True, "truncate": 2}, marks=pytest.mark.slow)],
+    ids=["plain", "recomputed and cut"],
+)
+def test_step_by_step_is_the_loop(roomy, memory):
+    (loop, wanted), (logits, found) = (
+        masks_and_gradient(roomy, unroll=unroll, **memory) for unroll in (False, True)
+    )
+    true = np.broadcast_to(true_images(roomy[-1]), logits.shape)
+    np.testing.assert_allclose(logits[true], loop[true], atol=2e-4)
+    assert np.std(loop[true]) > 0.1, "outputs that are all alike compare nothing"
+    assert_same(found, wanted)
+
+
+def test_step_by_step_there_is_less_to_look_at(roomy):
+    def operations(**memory):
+        return flops.count(lambda: gradient(roomy, **memory))
+
+    assert operations(unroll=True) < operations(unroll=False)
+
+
+def test_a_clip_with_more_slices_than_memories_goes_in_a_loop(setup):
+    def text(**memory):
+        return str(jax.make_jaxpr(lambda: gradient(setup, **memory))())
+
+    assert text(unroll=True) == text(unroll=False)
 
 
 def test_what_a_recomputed_slice_keeps_is_not_computed_again(setup):
