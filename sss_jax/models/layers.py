@@ -1,5 +1,6 @@
 """Layer maths as plain functions, and the small modules that all parts share."""
 
+import functools
 import math
 from collections.abc import Callable
 
@@ -107,15 +108,31 @@ def linear(x: Float[Array, "... C"], kernel: Float[Array, "C E"]) -> Float[Array
     return (x.reshape(-1, x.shape[-1]) @ kernel).reshape(*x.shape[:-1], kernel.shape[-1])
 
 
+@jax.custom_vjp
 def add_bias(x: Float[Array, "... C"], bias: Float[Array, " C"]) -> Float[Array, "... C"]:
-    """Add a vector to the last axis.
+    """Add a vector of the same type to the last axis; its gradient is summed in float32."""
+    return x + bias.reshape((1,) * (x.ndim - 1) + bias.shape)
 
-    The vector is spread by a product with ones, which compiles to the same addition. Its gradient
-    is then a product too: as a sum over rows, XLA on CPUs computes what it sums a second time.
+
+def _add_bias_forward(x: Array, bias: Array) -> tuple[Array, None]:
+    return add_bias(x, bias), None
+
+
+def _add_bias_backward(_: None, bar: Array) -> tuple[Array, Array]:
+    return bar, _sum_rows(bar)
+
+
+add_bias.defvjp(_add_bias_forward, _add_bias_backward)
+
+
+def _sum_rows(x: Float[Array, "... C"]) -> Float[Array, " C"]:
+    """Sum over all axes but the last.
+
+    By a product with ones: what a plain sum adds up, XLA on CPUs computes a second time.
     """
-    ones = jnp.ones((math.prod(x.shape[:-1]), 1), x.dtype)
-    spread = jnp.matmul(ones, bias[None], precision=jax.lax.Precision.HIGHEST)
-    return x + spread.reshape(x.shape)
+    rows = x.reshape(-1, x.shape[-1])
+    ones = jnp.ones((1, rows.shape[0]), x.dtype)
+    return jnp.matmul(ones, rows, precision=jax.lax.Precision.HIGHEST)[0]
 
 
 def scale_by(x: Float[Array, "... C"], scale: Float[Array, " C"]) -> Float[Array, "... C"]:
@@ -123,17 +140,41 @@ def scale_by(x: Float[Array, "... C"], scale: Float[Array, " C"]) -> Float[Array
     return x * scale.reshape((1,) * (x.ndim - 1) + scale.shape)
 
 
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
 def layer_norm(
     x: Float[Array, "... C"], scale: Float[Array, " C"], bias: Float[Array, " C"], epsilon: float
 ) -> Float[Array, "... C"]:
     """Normalise the last axis, scale and shift it; in float32 whatever comes in.
 
-    The variance is computed in two passes: the difference of moments cancels in float32.
+    The variance is computed in two passes: the difference of moments cancels in float32. The
+    derivative is written out so that the forward pass keeps what came in, in its own type, where
+    differentiating the formula keeps three arrays in float32.
     """
-    x = x.astype(jnp.float32)
-    x = x - x.mean(axis=-1, keepdims=True)
-    inverse = jax.lax.rsqrt(jnp.square(x).mean(axis=-1, keepdims=True) + epsilon)
-    return add_bias(scale_by(x * inverse, scale), bias)
+    return _layer_norm_forward(x, scale, bias, epsilon)[0]
+
+
+def _layer_norm_forward(
+    x: Array, scale: Array, bias: Array, epsilon: float
+) -> tuple[Array, tuple[Array, ...]]:
+    wide = x.astype(jnp.float32)
+    mean = wide.mean(axis=-1, keepdims=True)
+    inverse = jax.lax.rsqrt(jnp.square(wide - mean).mean(axis=-1, keepdims=True) + epsilon)
+    out = add_bias(scale_by((wide - mean) * inverse, scale), bias)
+    return out, (x, mean, inverse, scale)
+
+
+def _layer_norm_backward(
+    epsilon: float, kept: tuple[Array, ...], bar: Array
+) -> tuple[Array, Array, Array]:
+    x, mean, inverse, scale = kept
+    normal = (x.astype(jnp.float32) - mean) * inverse
+    scaled = scale_by(bar, scale)
+    along = (scaled * normal).mean(axis=-1, keepdims=True)
+    x_bar = (scaled - scaled.mean(axis=-1, keepdims=True) - normal * along) * inverse
+    return x_bar.astype(x.dtype), _sum_rows(bar * normal), _sum_rows(bar)
+
+
+layer_norm.defvjp(_layer_norm_forward, _layer_norm_backward)
 
 
 class LayerNorm(nn.Module):

@@ -89,6 +89,41 @@ def test_layer_norm_survives_a_large_mean():
     np.testing.assert_allclose(y, expected, atol=5e-3)
 
 
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_layer_norm_learns_as_its_formula(dtype):
+    x, weight = normal(0, 2, 3, 16), normal(1, 2, 3, 16)
+    scale, bias = normal(2, 16), normal(3, 16)
+    x = jnp.asarray(x + 3, dtype)
+
+    def formula(x, scale, bias):
+        x = x.astype(jnp.float32)
+        x = x - x.mean(axis=-1, keepdims=True)
+        return (
+            x * jax.lax.rsqrt(jnp.square(x).mean(axis=-1, keepdims=True) + 1e-3) * scale[None, None]
+            + bias[None, None]
+        )
+
+    def gradients(norm):
+        return jax.grad(lambda *args: (weight * jnp.sin(norm(*args))).sum(), (0, 1, 2))(
+            x, scale, bias
+        )
+
+    found = gradients(lambda *args: layers.layer_norm(*args, 1e-3))
+    for ours, wanted in zip(found, gradients(formula), strict=True):
+        assert ours.dtype == wanted.dtype
+        np.testing.assert_allclose(ours, wanted, atol=2e-6 if dtype == jnp.float32 else 1e-2)
+
+
+def test_what_norms_and_biases_keep_for_the_backward_pass():
+    """What came in, once and in its own type, and two numbers for each row."""
+    x = jnp.ones((64, 32), jnp.bfloat16)
+    vector = jnp.ones(32)
+    _, norm = jax.vjp(lambda x: layers.layer_norm(x, vector, vector, 1e-6), x)
+    assert sum(leaf.nbytes for leaf in jax.tree.leaves(norm)) <= x.nbytes + 2 * 4 * 64 + 2 * 4 * 32
+    _, bias = jax.vjp(layers.add_bias, x, vector.astype(x.dtype))
+    assert sum(leaf.nbytes for leaf in jax.tree.leaves(bias)) <= 2 * 32
+
+
 def test_dense_and_mlp():
     x = normal(0, 2, 3, 4)
     params = {
