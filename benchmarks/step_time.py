@@ -34,7 +34,7 @@ WITHOUT: dict[str, tuple[str, ...]] = {
     "DFE at levels 4 and 8": ("dfe.level_4=false", "dfe.level_8=false"),
     "PCSW": ("pcsw.enabled=false", "semi.labelled_prompts=none"),
     "memory": ("memory.kind=none",),
-    "memory's loop": ("memory.unroll=true",),
+    "memory's loop": ("memory.unroll=on",),
 }
 
 

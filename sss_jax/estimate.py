@@ -21,6 +21,7 @@ from sss_jax.estimate_report import Estimate, Memory, Projection
 from sss_jax.hlo import Collective, Cost, Program
 from sss_jax.models.sss import with_kernels
 from sss_jax.options import Options
+from sss_jax.ssl.propagation import is_unrolled
 from sss_jax.topology import Topology, parse
 from sss_jax.train import sharding
 from sss_jax.train.mesh import make_mesh_step
@@ -183,8 +184,10 @@ def _operations(setup: Setup, options: Options, *, again: bool = True) -> int:
 def _for_platform(options: Options, platform: str) -> Options:
     """Choose what is left to the platform as that of the topology, not of this machine, would."""
     kernels = "on" if with_kernels(options, platform) else "off"
+    unroll = "on" if is_unrolled(options, platform) else "off"
     model = dataclasses.replace(options.model, kernels=kernels)
-    return dataclasses.replace(options, model=model)
+    memory = dataclasses.replace(options.memory, unroll=unroll)
+    return dataclasses.replace(options, model=model, memory=memory)
 
 
 def _without_remat(options: Options) -> Options:

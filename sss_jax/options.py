@@ -160,10 +160,11 @@ class MemoryOptions:
         "what a recomputed slice keeps: nothing, its attention, or the results of all its products",
         choices=("nothing", "attention", "products"),
     )
-    unroll: bool = option(
-        False,
+    unroll: str = option(
+        "auto",
         "clips of up to 8 slices one step after the other instead of as a loop: half the work of "
-        "looking at memories, a longer compilation",
+        "looking at memories; auto: except on CPUs, where it compiles for longer",
+        choices=("auto", "on", "off"),
     )
     capacity: int = option(16, "entries of the self-sorting bank, per class", low=2, high=1024)
     samples: int = option(7, "entries of that bank that an image looks at", low=1, high=1024)

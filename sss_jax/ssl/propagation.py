@@ -132,7 +132,8 @@ def carry_classes(
     num_N = jnp.repeat(jnp.sum(slice_mask_BS, axis=1, dtype=jnp.int32), classes)
     route = outwards(prompts.start_BK.reshape(objects), num_N, slices)
     walk = _Walk(network, skips_of, prompts, num_N, options)
-    if options.memory.unroll and slices <= longest_unrolled(network.model.config):
+    most = longest_unrolled(network.model.config)
+    if slices <= most and is_unrolled(options, jax.default_backend()):
         found = walk.step_by_step(route)
     else:
         steps = (jnp.arange(slices), route.slice_NS.T, route.backwards_NS.T)
@@ -144,6 +145,13 @@ def carry_classes(
         return clips_to_images(jnp.swapaxes(x_BKS, 1, 2))
 
     return as_classes(*(in_order(x) for x in found))
+
+
+def is_unrolled(options: Options, platform: str) -> bool:
+    """Whether short clips go step by step on a platform, such as `tpu`."""
+    if options.memory.unroll == "auto":
+        return platform != "cpu"
+    return options.memory.unroll == "on"
 
 
 def longest_unrolled(config: Sam2Config) -> int:

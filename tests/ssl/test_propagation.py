@@ -26,7 +26,7 @@ from sss_jax.models.sss import init_params
 from sss_jax.options import MemoryOptions
 from sss_jax.ssl.network import Network
 from sss_jax.ssl.prompts import ClipPrompts, clips_to_images, images_to_clips, to_prompts
-from sss_jax.ssl.propagation import outwards, segment_clips
+from sss_jax.ssl.propagation import is_unrolled, outwards, segment_clips
 
 BATCH, SLICES, CLASSES, SIZE = 3, 7, 2, 16
 NUM = np.array([7, 5, 6])
@@ -249,7 +249,7 @@ def assert_same(found, wanted):
 )
 def test_step_by_step_is_the_loop(roomy, memory):
     (loop, wanted), (logits, found) = (
-        masks_and_gradient(roomy, unroll=unroll, **memory) for unroll in (False, True)
+        masks_and_gradient(roomy, unroll=unroll, **memory) for unroll in ("off", "on")
     )
     true = np.broadcast_to(true_images(roomy[-1]), logits.shape)
     np.testing.assert_allclose(logits[true], loop[true], atol=2e-4)
@@ -257,18 +257,27 @@ def test_step_by_step_is_the_loop(roomy, memory):
     assert_same(found, wanted)
 
 
+@pytest.mark.parametrize(
+    ("unroll", "unrolled"),
+    [("auto", {"tpu", "gpu"}), ("on", {"cpu", "tpu", "gpu"}), ("off", set())],
+)
+def test_step_by_step_by_itself_except_on_cpus(setup, unroll, unrolled):
+    options = dataclasses.replace(setup[1], memory=MemoryOptions(unroll=unroll))
+    assert {p for p in ("cpu", "tpu", "gpu") if is_unrolled(options, p)} == unrolled
+
+
 def test_step_by_step_there_is_less_to_look_at(roomy):
     def operations(**memory):
         return flops.count(lambda: gradient(roomy, **memory))
 
-    assert operations(unroll=True) < operations(unroll=False)
+    assert operations(unroll="on") < operations(unroll="off")
 
 
 def test_a_clip_with_more_slices_than_memories_goes_in_a_loop(setup):
     def text(**memory):
         return str(jax.make_jaxpr(lambda: gradient(setup, **memory))())
 
-    assert text(unroll=True) == text(unroll=False)
+    assert text(unroll="on") == text(unroll="off")
 
 
 def test_what_a_recomputed_slice_keeps_is_not_computed_again(setup):
