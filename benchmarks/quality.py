@@ -119,7 +119,9 @@ def _effective(options: Options) -> Options:
         options.model, remat=False, remat_keeps="nothing", loop_blocks=False, kernels="auto"
     )
     memory, dfe, pcsw, semi = options.memory, options.dfe, options.pcsw, options.semi
+    train = options.train
     if not semi.enabled:
+        train = dataclasses.replace(train, unlabelled_batch=1)
         names = ("enabled", "ema_decay", "labelled_prompts", "box_jitter")
         semi = SemiOptions(**{name: getattr(semi, name) for name in names})
     return dataclasses.replace(
@@ -129,11 +131,12 @@ def _effective(options: Options) -> Options:
             MemoryOptions(kind="none") if memory.kind == "none" else memory,
             remat=False,
             remat_keeps="nothing",
-            unroll=False,
+            unroll="auto",
         ),
         dfe=dataclasses.replace(dfe if dfe.enabled else DFEOptions(enabled=False), remat=False),
         pcsw=pcsw if pcsw.enabled else PCSWOptions(enabled=False),
         semi=semi,
+        train=train,
     )
 
 
@@ -299,13 +302,26 @@ def _minutes(seconds: list[float | None]) -> str:
 def recovered(groups: dict[tuple, list[dict[str, Any]]], key: tuple) -> str:
     """Share of the gap between floor and ceiling, at the method's seeds where they have them."""
     data, labelled, method, extra = key
-    ends = [groups.get((data, labelled, "floor", extra)), groups.get((data, 0, "ceiling", extra))]
+    floor, ceiling = (data, labelled, "floor"), (data, 0, "ceiling")
+    ends = [_with_same_labels(groups, end, extra) for end in (floor, ceiling)]
     if method in ("floor", "ceiling") or not all(ends):
         return ""
     seeds = {row["seed"] for row in groups[key]}
     low, high = (_dice([r for r in end if r["seed"] in seeds] or end) for end in ends if end)
     own = _dice(groups[key])
     return f"{(own - low) / (high - low):+.0%}" if high > low else "no gap"
+
+
+def _with_same_labels(
+    groups: dict[tuple, list[dict[str, Any]]], end: tuple, extra: tuple[str, ...]
+) -> list[dict[str, Any]] | None:
+    """Rows of an end of the gap; the plain ones where `extra` changes nothing in them."""
+    own = groups.get((*end, extra))
+    plain = groups.get((*end, ()))
+    if own or not plain:
+        return own
+    run = Run(*end, seed=plain[0]["seed"], extra=extra)
+    return plain if run.is_done(plain) else None
 
 
 def _dice(rows: list[dict[str, Any]]) -> float:

@@ -12,12 +12,12 @@ from sss_jax.benchmarks.quality import METHODS, Run, plan
 ROOT = Path(__file__).parents[2]
 
 
-def row(method, dice, labelled=1, seed=0):
+def row(method, dice, labelled=1, seed=0, extra=()):
     """Row of a finished run, as far as the table reads it."""
-    run = Run("hippocampus", 0 if method == "ceiling" else labelled, method, seed)
+    run = Run("hippocampus", 0 if method == "ceiling" else labelled, method, seed, extra)
     return {
         **dataclasses.asdict(run),
-        "extra": [],
+        "extra": list(extra),
         "settings": json.dumps(dataclasses.asdict(run.options)),
         "test": {"dice": dice, "hd95_mm": 2.0},
         "train_s": 60.0,
@@ -88,7 +88,9 @@ def test_published_rows_have_the_settings_that_their_names_stand_for():
         ("floor", "semi.ramp_steps=7", True),
         ("floor", "pcsw.tau=0.5", True),
         ("floor", "memory.capacity=9", True),
+        ("floor", "train.unlabelled_batch=8", True),
         ("floor", "optimizer.rate=0.1", False),
+        ("sss", "train.unlabelled_batch=8", False),
         ("sss", "dfe.pair=weak_strong", False),
         ("sss", "pcsw.tau=0.5", False),
         ("sss", "memory.truncate=2", False),
@@ -120,6 +122,14 @@ def test_the_gap_is_that_of_the_seeds_a_method_has():
     text = quality.table([*rows, row("sss", 0.8, seed=1)])
     assert "| sss | 1 | 0.800 | 2.00 | +50% |" in text  # of 0.7 to 0.9; the ceiling has seed 0
     assert "| +67% |" in quality.table([*rows, row("sss", 0.766667)])
+
+
+@pytest.mark.parametrize(
+    ("extra", "gap"), [("train.unlabelled_batch=2", "+75%"), ("train.steps=7", "")]
+)
+def test_the_gap_is_that_of_the_same_labels_and_steps(extra, gap):
+    rows = [row("floor", 0.5), row("ceiling", 0.9), row("sss", 0.8, extra=(extra,))]
+    assert f"| hippocampus ({extra}) | 1 | sss | 1 | 0.800 | 2.00 | {gap} |" in quality.table(rows)
 
 
 def test_no_gap_is_said():
