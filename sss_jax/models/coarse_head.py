@@ -1,6 +1,7 @@
 """Head for the coarse masks that the prompt generator starts from."""
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 
 from sss_jax.axes import Array, Float
@@ -26,6 +27,6 @@ class CoarseHead(nn.Module):
         """Class logits at the finest level, float32; class 0 is the background."""
         dtype = self.config.compute_dtype
         x = layers.Conv(self.config.width // 4, 3, dtype, padding=1, name="conv")(fine_BHWD)
-        x = layers.relu(layers.LayerNorm(dtype, name="norm")(x))
+        x = jax.nn.relu(layers.LayerNorm(dtype, name="norm")(x))
         x = layers.Conv(self.num_classes + 1, 1, dtype, name="classify")(x)
         return x.astype(jnp.float32)

@@ -35,28 +35,6 @@ def _gelu_jvp(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, Arr
     return x * cdf, dx * (cdf + x * density)
 
 
-@jax.custom_vjp
-def relu(x: Float[Array, "..."]) -> Float[Array, "..."]:
-    """Maximum with 0.
-
-    The derivative is read off the result, which the next layer keeps anyway: the usual one keeps
-    a mask of what came in beside it.
-    """
-    return jnp.maximum(x, 0)
-
-
-def _relu_forward(x: Array) -> tuple[Array, Array]:
-    y = relu(x)
-    return y, y
-
-
-def _relu_backward(y: Array, bar: Array) -> tuple[Array]:
-    return (jnp.where(y > 0, bar, 0),)
-
-
-relu.defvjp(_relu_forward, _relu_backward)
-
-
 def split_heads(x: Float[Array, "... C"], heads: int) -> Float[Array, "... heads d"]:
     """Split the last axis into attention heads."""
     return x.reshape(*x.shape[:-1], heads, x.shape[-1] // heads)

@@ -154,7 +154,7 @@ class MaskDecoder(nn.Module):
         count = c.num_masks if self.is_initializing() else masks
         widths = (c.width, c.width, c.upscale_channels[1])
         weights = [
-            layers.MLP(widths, layers.relu, c.compute_dtype, name=f"output_hypernetworks_mlps_{i}")(
+            layers.MLP(widths, jax.nn.relu, c.compute_dtype, name=f"output_hypernetworks_mlps_{i}")(
                 tokens[:, :, i]
             )
             for i in range(count)
@@ -163,4 +163,4 @@ class MaskDecoder(nn.Module):
 
     def _head(self, name: str, outputs: int, hidden: int) -> layers.MLP:
         widths = (hidden, hidden, outputs)
-        return layers.MLP(widths, layers.relu, self.config.compute_dtype, name=name)
+        return layers.MLP(widths, jax.nn.relu, self.config.compute_dtype, name=name)

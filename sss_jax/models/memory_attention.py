@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -152,7 +153,7 @@ class MemoryAttentionLayer(nn.Module):
         )
         x = x + look
         y = layers.Dense(c.memory_mlp, dtype, name="linear1")(norm("norm3")(x))
-        return x + layers.Dense(c.width, dtype, name="linear2")(layers.relu(y))
+        return x + layers.Dense(c.width, dtype, name="linear2")(jax.nn.relu(y))
 
 
 class MemoryAttention(nn.Module):

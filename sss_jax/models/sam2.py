@@ -71,7 +71,7 @@ class Sam2(nn.Module):
         c = self.config
         self.memory_attention = MemoryAttention(c)
         self.memory_encoder = MemoryEncoder(c)
-        self.obj_ptr_proj = layers.MLP((c.width,) * 3, layers.relu, c.compute_dtype)
+        self.obj_ptr_proj = layers.MLP((c.width,) * 3, jax.nn.relu, c.compute_dtype)
         shrink = c.strides[2] // 4  # from pixels to the grid of mask prompts
         self.mask_downsample = layers.Conv(1, shrink, c.compute_dtype, stride=shrink)
         self.maskmem_tpos_enc = self._table(

@@ -7,6 +7,7 @@ for all K objects and K afterwards, so that what the objects share is computed o
 """
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 
 from sss_jax.axes import Array, Bool, Float
@@ -90,7 +91,7 @@ class TwoWayLayer(nn.Module):
         look = attend("cross_attn_token_to_image")(tokens + token_pe, placed_keys, keys)
         tokens = layers.LayerNorm(dtype, EPSILON, name="norm2")(tokens + look)
 
-        mlp = layers.MLP((c.decoder_mlp, c.width), layers.relu, dtype, name="mlp")
+        mlp = layers.MLP((c.decoder_mlp, c.width), jax.nn.relu, dtype, name="mlp")
         tokens = layers.LayerNorm(dtype, EPSILON, name="norm3")(tokens + mlp(tokens))
 
         told = attend("cross_attn_image_to_token")(placed_keys, tokens + token_pe, tokens, valid)

@@ -95,7 +95,7 @@ def _init_level(key: Key[Array, ""], dim: int, scale: float) -> PyTree:
 def _norm_relu(params: PyTree, x: Array) -> Array:
     """LayerNorm over channels with float32 statistics, then ReLU."""
     wide = layers.layer_norm(x, params["scale"], params["bias"], _NORM_EPSILON)
-    return layers.relu(wide.astype(x.dtype))
+    return jax.nn.relu(wide).astype(x.dtype)
 
 
 def project(
