@@ -95,7 +95,7 @@ def bank_of(
         config: network shape.
         past: what they left, that of the one prompted slice first; at most as many as `reach` takes
             pointers of.
-        slices: slice number of each; -1 for the objects whose volume had ended.
+        slices: slice number of each.
     """
     memories, pointers = zip(*past, strict=True)
     slices_BKL = jnp.stack(slices, axis=2)

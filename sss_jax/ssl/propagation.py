@@ -23,7 +23,6 @@ from sss_jax.axes import Array, Bool, Int
 from sss_jax.models.attention import KEEPS
 from sss_jax.models.mask_decoder import Skips
 from sss_jax.models.memory_bank import (
-    EMPTY,
     Memory,
     MemoryBank,
     TwoWays,
@@ -200,7 +199,7 @@ class _Walk(NamedTuple):
             output, memory = visit(past, seen, slice_N, route.backwards_NS[:, step])
             found.append(output)
             past.append(memory)
-            seen.append(jnp.where(step < self.num_N, slice_N, EMPTY)[:, None])
+            seen.append(slice_N[:, None])  # padding comes last: no true slice looks at it
         return jax.tree.map(lambda *steps: jnp.stack(steps), *found)
 
     def _visit_after(
