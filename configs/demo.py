@@ -16,7 +16,7 @@ def get_config(arg: str = "sss") -> ConfigDict:
     config.model.num_classes = 3
     config.data.class_names = CLASS_NAMES
     # In 300 steps a teacher that knows background alone would hold the student back.
-    config.semi.ramp_steps = 300
+    config.semi.ramp_steps = config.train.steps
     config.data.clip_slices = 4
     config.data.max_stride = 3
     config.train.labelled_batch = 2

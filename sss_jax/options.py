@@ -23,6 +23,10 @@ def option(
     return dataclasses.field(default=default, metadata=metadata)
 
 
+KEPT = ("nothing", "attention", "products")
+"""What a recomputed part may keep: nothing, its attention, or the results of all its products."""
+
+
 @dataclasses.dataclass(frozen=True)
 class ModelOptions:
     """The SAM-2 network."""
@@ -39,7 +43,7 @@ class ModelOptions:
     remat_keeps: str = option(
         "nothing",
         "what a recomputed block keeps: nothing, its attention, or the results of all its products",
-        choices=("nothing", "attention", "products"),
+        choices=KEPT,
     )
     loop_blocks: bool = option(False, "equal layers as a loop, which compiles sooner")
     kernels: str = option(
@@ -158,7 +162,7 @@ class MemoryOptions:
     remat_keeps: str = option(
         "attention",
         "what a recomputed slice keeps: nothing, its attention, or the results of all its products",
-        choices=("nothing", "attention", "products"),
+        choices=KEPT,
     )
     unroll: str = option(
         "auto",

@@ -38,7 +38,7 @@ ATTENDED = "attended"
 """Name of the results of attention, for policies of what a recomputed part keeps."""
 
 _attended = jax.checkpoint_policies.save_only_these_names(ATTENDED)
-KEEPS = {
+KEEPS: dict[str, Any] = {
     "nothing": None,
     "attention": _attended,
     "products": jax.checkpoint_policies.save_from_both_policies(

@@ -3,6 +3,7 @@
 Source: Hiera (Ryali et al. 2023) and SAM 2 (Ravi et al. 2024).
 """
 
+import functools
 from typing import NamedTuple
 
 import flax.linen as nn
@@ -238,12 +239,9 @@ class Hiera(nn.Module):
 
     def _plain(self, i: int, x: Array) -> Array:
         c = self.config
-        shape = (*block_table(c)[i], *self._common())
-        if c.remat and not self.is_initializing():
-            params = self.variables["params"][f"blocks_{i}"]
-            policy = KEEPS[c.remat_keeps]
-            return repeats.apply(Block(*shape, parent=None), params, x, remat=True, policy=policy)
-        return Block(*shape, name=f"blocks_{i}")(x)
+        make = functools.partial(Block, *block_table(c)[i], *self._common())
+        policy = KEEPS[c.remat_keeps]
+        return repeats.single(self, f"blocks_{i}", make, x, remat=c.remat, policy=policy)
 
     def _repeated(self, run: repeats.Run, x: Array) -> Array:
         c = self.config

@@ -6,8 +6,8 @@ channels of a memory.
 Differs from the paper: without the dropout that SAM 2 was trained with.
 """
 
-from collections.abc import Callable
-from typing import Any, NamedTuple
+import functools
+from typing import NamedTuple
 
 import flax.linen as nn
 import jax
@@ -180,29 +180,16 @@ class MemoryAttention(nn.Module):
         place = jnp.asarray(position.sine_position(h, w, d), coarse_BHWD.dtype)
         x = coarse_BHWD.reshape(b, 1, h * w, d) + POSITION_SHARE * place[None, None]
         table = position.rotation(h, w, d)
+        keeps = KEEPS["attention" if c.remat_keeps == "nothing" else c.remat_keeps]
+        make = functools.partial(MemoryAttentionLayer, c)
         # The first layer gives every object features of its own; the others are alike.
         looped = c.loop_blocks and not self.is_initializing() and c.memory_layers > 2
         for i in range(1 if looped else c.memory_layers):
-            x = self._single(i, x, memory, table)
+            inputs = (x, memory, table)
+            x = repeats.single(self, f"layers_{i}", make, *inputs, remat=c.remat, policy=keeps)
         if looped:
             params = [self.variables["params"][f"layers_{i}"] for i in range(1, c.memory_layers)]
-            layer = MemoryAttentionLayer(c, parent=None)
-            x = repeats.loop([layer], params, x, memory, table, remat=c.remat, policy=_keeps(c))
+            layer = make(parent=None)
+            x = repeats.loop([layer], params, x, memory, table, remat=c.remat, policy=keeps)
         x = layers.LayerNorm(c.compute_dtype, EPSILON, name="norm")(x)
         return x.reshape(b, -1, h, w, d)
-
-    def _single(self, i: int, x: Array, memory: MemoryKeys, table: Rotation) -> Array:
-        c = self.config
-        if not c.remat or self.is_initializing():
-            return MemoryAttentionLayer(c, name=f"layers_{i}")(x, memory, table)
-        layer, params = (
-            MemoryAttentionLayer(c, parent=None),
-            self.variables["params"][f"layers_{i}"],
-        )
-        return repeats.apply(layer, params, x, memory, table, remat=True, policy=_keeps(c))
-
-
-def _keeps(config: Sam2Config) -> Callable[..., Any]:
-    """What a recomputed layer keeps: at least the attention, a quarter of whose width is kept."""
-    policy: Any = KEEPS["attention" if config.remat_keeps == "nothing" else config.remat_keeps]
-    return policy

@@ -87,7 +87,7 @@ def empty_bank(
 
 
 def bank_of(
-    config: Sam2Config, past: Sequence[Memory], slices: Sequence[Int[Array, "B K"]]
+    config: Sam2Config, past: Sequence[Memory], slices_BKL: Int[Array, "B K L"]
 ) -> MemoryBank:
     """Return the bank of what one slice after the other left, with room for no other memories.
 
@@ -95,10 +95,9 @@ def bank_of(
         config: network shape.
         past: what they left, that of the one prompted slice first; at most as many as `reach` takes
             pointers of.
-        slices: slice number of each.
+        slices_BKL: slice number of each.
     """
     memories, pointers = zip(*past, strict=True)
-    slices_BKL = jnp.stack(slices, axis=2)
     free = ((0, 0), (0, 0), (0, config.max_pointers - len(past)))
     return MemoryBank(
         jnp.stack(memories, axis=2),

@@ -86,6 +86,32 @@ def loop(
     return jax.lax.scan(turn, x, stacked)[0]
 
 
+def single(
+    owner: nn.Module,
+    name: str,
+    make: Callable[..., nn.Module],
+    *args: Any,
+    remat: bool,
+    policy: Callable[..., Any] | None,
+) -> Array:
+    """Apply a layer of its own, where parameters are made too.
+
+    Args:
+        owner: the module whose layer it is; this is called from its compact method.
+        name: name of the layer.
+        make: returns the layer, given its `name` or `parent`.
+        args: what goes in, and further arguments.
+        remat: as for `loop`.
+        policy: as for `loop`.
+    """
+    if not remat or owner.is_initializing():
+        layer: Any = make(name=name)
+        y: Array = layer(*args)
+        return y
+    params = owner.variables["params"][name]
+    return apply(make(parent=None), params, *args, remat=True, policy=policy)
+
+
 def apply(
     layer: nn.Module,
     params: PyTree,

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from sss_jax.axes import Array, Bool, Int
+from sss_jax.axes import Array, Bool, Int, PyTree
 from sss_jax.models.attention import KEEPS
 from sss_jax.models.mask_decoder import Skips
 from sss_jax.models.memory_bank import (
@@ -187,30 +187,30 @@ class _Walk(NamedTuple):
 
     def step_by_step(self, route: Route) -> SliceOutput:
         """Visit all slices, with room for no more memories than there are at each step."""
+        visit = self.lean(self._visit_after)
         found: list[SliceOutput] = []
         past: list[Memory] = []
-        seen: list[Array] = []
-        length = self.options.memory.truncate
         for step in range(route.slice_NS.shape[1]):
-            slice_N = route.slice_NS[:, step]
-            if length and step % length == 0:
-                past = jax.lax.stop_gradient(past)
-            visit = self.lean(self._visit_after)
-            output, memory = visit(past, seen, slice_N, route.backwards_NS[:, step])
+            past = self._forget_gradients(past, step)
+            way_NT = route.slice_NS[:, : step + 1]
+            output, memory = visit(past, way_NT, route.backwards_NS[:, step])
             found.append(output)
             past.append(memory)
-            seen.append(slice_N[:, None])  # padding comes last: no true slice looks at it
         return jax.tree.map(lambda *steps: jnp.stack(steps), *found)
 
     def _visit_after(
-        self, past: list[Memory], seen: list[Array], slice_N: Array, backwards_N: Array
+        self, past: list[Memory], way_NT: Array, backwards_N: Array
     ) -> tuple[SliceOutput, Memory]:
-        """Segment one slice of every object, after those that they have `seen`."""
+        """Segment the last slice of the way so far; `past` is what the others left.
+
+        Padding comes last on every way: no true slice looks at it.
+        """
+        slice_N = way_NT[:, -1]
 
         def look(coarse: Array) -> Array:
             if not past:
                 return self.network.without_memory(coarse)
-            bank = bank_of(self.network.model.config, past, seen)
+            bank = bank_of(self.network.model.config, past, way_NT[:, None, :-1])
             return self._look(coarse, bank, slice_N, backwards_N)
 
         return self._segment(slice_N, look)
@@ -253,17 +253,17 @@ class _Walk(NamedTuple):
         """Slice before the start, the first one of the way back."""
         return self.prompts.start_BK.reshape(-1, 1) - 1
 
-    def _forget_gradients(self, ways: TwoWays, step: Array) -> TwoWays:
+    def _forget_gradients(self, memories: PyTree, step: Array | int) -> PyTree:
         """Cut the gradients of what is remembered, every `truncate` slices."""
         length = self.options.memory.truncate
         if not length:
-            return ways
+            return memories
         cut = step % length == 0
 
         def held(x: Array) -> Array:
             return jnp.where(cut, jax.lax.stop_gradient(x), x)
 
-        return jax.tree.map(held, ways)
+        return jax.tree.map(held, memories)
 
     def _prompts_on(self, slice_N: Array) -> tuple[Prompts, MaskPrompts | None]:
         """Prompts of each object on its slice, with K = 1."""
