@@ -13,6 +13,7 @@ _BITS = {"pred": 8, "bf16": 16, "s4": 4, "u4": 4, "c64": 64, "c128": 128, "token
 _NAME = re.compile(r"^\s+(?:ROOT\s+)?%?([\w.\-]+)\s+=\s+(.*)$")
 _ARRAY = re.compile(r"\b([a-z]\w*)\[([\d,]*)\]")
 _WITH_LAYOUT = re.compile(r"\b[a-z]\w*\[[\d,]*\](?:\{[^}]*\})?")
+_TILES = re.compile(r"\{([\d,]+):T\(([\d,]+)\)")
 _CALLED = re.compile(
     r"\b(?:calls|to_apply|body|condition|branch_computations|called_computations"
     r"|true_computation|false_computation)=(\{[^}]*\}|%?[\w.\-]+)"
@@ -85,10 +86,26 @@ def nbytes(shape: str) -> int:
 
 
 def main_memory(shape: str) -> int:
-    """Return the part of a type's size that lies in main memory, not in a core's own (`S(1)`)."""
-    return sum(
-        nbytes(array) for array in _WITH_LAYOUT.findall(shape) if not re.search(r"S\([1-9]", array)
-    )
+    """Return what a type takes of main memory, without what lies in a core's own (`S(1)`).
+
+    TPUs keep whole tiles: 96 channels in tiles of 128 take the room, and the time, of 128.
+    """
+    arrays = _WITH_LAYOUT.findall(shape)
+    return sum(_in_tiles(array) for array in arrays if not re.search(r"S\([1-9]", array))
+
+
+def _in_tiles(array: str) -> int:
+    """Size of one array whose text has its layout, such as `bf16[8,96]{1,0:T(8,128)(2,1)}`."""
+    tiled = _TILES.search(array)
+    if not tiled:
+        return nbytes(array)
+    kind, dims = arrays_of(array)[0]
+    sizes = [int(n) for n in dims.split(",")]
+    order, tile = ([int(n) for n in part.split(",")] for part in tiled.groups())
+    # The layout names axes from the fastest to the slowest, the tile from the slowest.
+    for axis, side in zip(order, reversed(tile), strict=False):
+        sizes[axis] = -(-sizes[axis] // side) * side
+    return math.prod(sizes) * _bits(kind) // 8
 
 
 def dims_of(shape: str) -> list[int]:

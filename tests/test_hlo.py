@@ -8,7 +8,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from sss_jax.hlo import Program
-from sss_jax.hlo_text import nbytes
+from sss_jax.hlo_text import main_memory, nbytes
 
 MESH = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
 SPLIT = NamedSharding(MESH, P("data"))
@@ -51,6 +51,15 @@ def test_sizes_of_types():
     assert nbytes("token[]") == 0
 
 
+def test_what_arrays_in_tiles_take_of_main_memory():
+    assert main_memory("bf16[8,96]{1,0:T(8,128)(2,1)}") == 8 * 128 * 2
+    assert main_memory("bf16[9,512,512,4]{0,3,2,1:T(4,128)(2,1)}") == 128 * 512 * 512 * 4 * 2
+    assert main_memory("f32[5,3]{0,1:T(8,128)}") == 128 * 8 * 4
+    assert main_memory("f32[100]{0:T(128)}") == 128 * 4
+    in_the_core = "f32[8,128]{1,0:T(8,128)S(1)}"
+    assert main_memory(f"({in_the_core}, s8[3]{{0}}, pred[])") == 3 + 1
+
+
 def test_loops_and_asynchronous_exchanges():
     found = Program(ASYNCHRONOUS).collectives()
     facts = {(c.kind, c.nbytes, c.times, c.exact) for c in found}
@@ -65,7 +74,8 @@ def test_loops_and_asynchronous_exchanges():
 def test_loops_run_kernels_and_what_a_kernel_applies_is_none():
     costs = Program(ASYNCHRONOUS).costs()
     exchange = [(c.nbytes, c.times, c.exact) for c in costs if c.source == "jit(step)/psum"]
-    assert exchange == [(64, 7, True), (64, 1, False)]
+    given, made_in_tiles = 8 * 4, 128 * 4
+    assert exchange == [(given + made_in_tiles, 7, True), (given + made_in_tiles, 1, False)]
     addition = 3 * 4
     assert addition not in {c.nbytes for c in costs}
 
@@ -193,16 +203,18 @@ def test_callbacks_and_types_are_seen():
     assert "f64" not in quiet.types()
 
 
-def test_a_kernel_of_our_own_says_what_it_takes():
+def test_a_kernel_of_our_own_says_what_it_takes_but_no_less_than_its_arrays():
     call = """HloModule m
 
 ENTRY %main (p0: bf16[8,128]) -> bf16[8,128] {
   %p0 = bf16[8,128]{1,0} parameter(0)
-  ROOT %k = bf16[8,128]{1,0} custom-call(%p0), custom_call_target="tpu_custom_call", backend_config={"custom_call_config":{"body":"TUz","cost_estimate":{"flops":"235","transcendentals":"13","bytes_accessed":"617","remote_bytes_transferred":"0"}}}
+  ROOT %k = bf16[8,128]{1,0} custom-call(%p0), custom_call_target="tpu_custom_call", backend_config={"custom_call_config":{"body":"TUz","cost_estimate":{"flops":"235","transcendentals":"13","bytes_accessed":"BYTES","remote_bytes_transferred":"0"}}}
 }
 """  # noqa: E501
-    (cost,) = Program(call).costs()
-    assert (cost.flops, cost.nbytes) == (235, 617)
+    arrays = 2 * 8 * 128 * 2
+    for said, counted in ((9999, 9999), (617, arrays)):
+        (cost,) = Program(call.replace("BYTES", str(said))).costs()
+        assert (cost.flops, cost.nbytes) == (235, counted)
 
 
 SLICES = """HloModule m
