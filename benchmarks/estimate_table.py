@@ -3,19 +3,20 @@
     python -m sss_jax.benchmarks.estimate_table -o FILE [--only base_plus/1024/v5e-16 ...]
 
 Every cell is `sss-jax estimate --quick` for one clip of each stream per device; cells that FILE
-holds already are not compiled again, so a table may be made over several sittings. Where memory of
-two sizes is known (`--clips 1 2`), the most clips that fit are foretold from them. Needs libtpu.
+holds already are not compiled again, so a table may be made over several sittings. The most
+clips that fit are foretold from two sizes (`--clips 1 2`), or from the temporaries of one. Needs
+libtpu.
 """
 
 import argparse
-import dataclasses
 import itertools
+import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from sss_jax import config, estimate, estimate_report
+from sss_jax import config, estimate
 from sss_jax.benchmarks import result
 
 SETTINGS = (
@@ -75,23 +76,15 @@ def share_of_exchanges(row: dict[str, Any]) -> float | None:
     return float(row["projection"]["exchange"] / row["projection"]["step"])
 
 
-def most_clips(rows: Sequence[dict[str, Any]], row: dict[str, Any]) -> int | None:
-    """Most clips of each stream that fit, foretold from two sizes; None where one is known."""
-    sizes = {
-        other["clips"]: estimate_report.Memory(**_fields(other["memory"]))
+def most_clips(rows: Sequence[dict[str, Any]], row: dict[str, Any]) -> int:
+    """Most clips that fit: along the line through two sizes, or through one and the state."""
+    totals = {0: row["memory"]["state"]} | {
+        other["clips"]: other["memory"]["total"]
         for other in rows
         if all(other[key] == row[key] for key in ("cell", "quick", "settings"))
     }
-    if len(sizes) < 2:
-        return None
-    (first, one), *_, (last, other) = sorted(sizes.items(), key=lambda size: size[0])
-    slope = (other.total - one.total) / (last - first)
-    return first + int((one.capacity - one.total) // slope)
-
-
-def _fields(memory: dict[str, Any]) -> dict[str, Any]:
-    names = [field.name for field in dataclasses.fields(estimate_report.Memory)]
-    return {name: memory[name] for name in names}
+    (few, less), (many, more) = sorted(totals.items())[-2:]
+    return many + math.floor((row["memory"]["capacity"] - more) * (many - few) / (more - less))
 
 
 def render(rows: Sequence[dict[str, Any]]) -> str:
@@ -105,9 +98,8 @@ def render(rows: Sequence[dict[str, Any]]) -> str:
         preset, size, topology = row["cell"].split("/")
         memory, time = row["memory"], row["projection"]
         held = f"{memory['total'] / 2**30:.1f} of {memory['capacity'] / 2**30:.1f}"
-        most = most_clips(rows, row)
         cells = [preset, size, topology, str(row["clips"]), held]
-        cells += ["yes" if memory["fits"] else "no", "" if most is None else str(most)]
+        cells += ["yes" if memory["fits"] else "no", str(most_clips(rows, row))]
         if time:
             cells += [f"{time['step'] * 1e3:.0f}", f"{time['slices_per_s']:.0f}"]
             cells += [f"{time['mfu']:.0%}", f"{share_of_exchanges(row):.1%}"]

@@ -49,7 +49,7 @@ def test_drivers_are_compared_with_drivers_and_processes_with_processes():
 
 
 def cell(clips, total, capacity=16 * 2**30, projection=None):
-    memory = {"state": 0, "temporary": total, "total": total, "capacity": capacity}
+    memory = {"state": 2**30, "temporary": total, "total": total, "capacity": capacity}
     return {
         "cell": "tiny/512/v5e-16",
         "clips": clips,
@@ -62,11 +62,15 @@ def cell(clips, total, capacity=16 * 2**30, projection=None):
 
 
 def test_two_sizes_foretell_the_most_clips():
-    rows = [cell(1, 4 * 2**30), cell(2, 7 * 2**30)]
-    assert [estimate_table.most_clips(rows, row) for row in rows] == [5, 5]
-    assert estimate_table.most_clips(rows[:1], rows[0]) is None
-    other = cell(2, 5 * 2**30) | {"settings": ["model.remat=false"]}
-    assert estimate_table.most_clips([rows[0], other], other) is None
+    rows = [cell(1, 4 * 2**30), cell(2, 8 * 2**30)]
+    assert [estimate_table.most_clips(rows, row) for row in rows] == [4, 4]
+
+
+def test_one_size_foretells_the_most_clips_from_what_is_not_state():
+    rows = [cell(1, 4 * 2**30), cell(2, 8 * 2**30) | {"settings": ["model.remat=false"]}]
+    assert [estimate_table.most_clips(rows, row) for row in rows] == [5, 4]
+    large = cell(1, 20 * 2**30)
+    assert estimate_table.most_clips([large], large) == 0
 
 
 def test_a_cell_that_does_not_fit_has_no_time():
