@@ -125,16 +125,39 @@ def _attend_in_kernel(
     x_BHWC: Array, kernel: Array, bias: Array, window: int, heads: int, pool: bool
 ) -> Array:
     """The same for TPUs, which main memory binds: the narrow input is cut into windows."""
-    x = layers.window_partition(layers.pad_to_windows(x_BHWC, window), window)
+    rows, group = _windows_in_rows(x_BHWC, window, pool)
     width = bias.size // 3
-    q, kv = (
-        layers.linear(x, kernel[:, part]) + bias[part].reshape(1, 1, 1, -1)
-        for part in (slice(width), slice(width, None))
-    )
-    q = layers.max_pool(q) if pool else q
-    n, h, w, _ = q.shape
-    y = window_kernel.attend(q.reshape(n, h * w, -1), kv.reshape(n, window**2, -1), heads)
-    return checkpoint_name(y, ATTENDED).reshape(n, h, w, width)
+    parts = (slice(width), slice(width, None)) if pool else (slice(None),)
+    projections = [
+        layers.in_rows(layers.linear(rows, kernel[:, part]) + bias[part].reshape(1, 1, -1))
+        for part in parts
+    ]
+    if pool:
+        projections[0] = _pool_corners(projections[0])
+    y = window_kernel.attend(tuple(projections), heads, group)
+    side = window // 2 if pool else window
+    return checkpoint_name(y, ATTENDED).reshape(-1, side, group * side, width)
+
+
+def _windows_in_rows(x_BHWC: Array, window: int, pool: bool) -> tuple[Array, int]:
+    """Groups of windows as the kernels take them, [G, rows, C], and how many make a group."""
+    x = layers.pad_to_windows(x_BHWC, window)
+    queries = (window // 2) ** 2 if pool else window**2
+    group = window_kernel.group_of_windows(x.shape[2] // window, queries, window**2)
+    return layers.in_rows(layers.group_windows(x, window, group, pool)), group
+
+
+def _pool_corners(x_GNC: Array) -> Array:
+    """Pool groups of windows whose rows are sorted by corner."""
+    return layers.max_over(x_GNC.reshape(len(x_GNC), 2, 2, -1, x_GNC.shape[-1]), (1, 2))
+
+
+def _pool_in_windows(project: nn.Module, x_BHWC: Array, window: int) -> Array:
+    """Project a map and pool it, from the windows that the block attends in."""
+    rows, group = _windows_in_rows(x_BHWC, window, True)
+    y = _pool_corners(layers.in_rows(project(rows)))
+    y = y.reshape(-1, window // 2, group * window // 2, y.shape[-1])
+    return layers.window_merge(y, x_BHWC.shape[1] // 2, x_BHWC.shape[2] // 2)
 
 
 def _attend_inside(q: Array, k: Array, v: Array) -> Array:
@@ -170,16 +193,20 @@ class Block(nn.Module):
     @nn.compact
     def __call__(self, x_BHWC: Float[Array, "B H W C"]) -> Float[Array, "B h w E"]:
         """Attend, then transform every token."""
-        shortcut = x_BHWC
-        x = layers.LayerNorm(self.dtype, name="norm1")(x_BHWC)
+        rows = layers.in_rows if self.kernels else lambda x: x
+        shortcut = rows(x_BHWC)
+        x = rows(layers.LayerNorm(self.dtype, name="norm1")(shortcut))
         if shortcut.shape[-1] != self.width:
             # A stage's first block projects the *normalised* tokens, unlike a plain residual.
-            shortcut = layers.Dense(self.width, self.dtype, name="proj")(x)
-            shortcut = layers.max_pool(shortcut) if self.pool else shortcut
+            project = layers.Dense(self.width, self.dtype, name="proj")
+            if self.pool and self.window and self.kernels:
+                shortcut = _pool_in_windows(project, x, self.window)
+            else:
+                shortcut = layers.max_pool(project(x)) if self.pool else project(x)
         shape = (self.width, self.heads, self.window, self.pool, self.dtype, self.kernels)
         attend = WindowAttention(*shape, name="attn")
-        x = shortcut + attend(x)
-        y = layers.LayerNorm(self.dtype, name="norm2")(x)
+        x = rows(shortcut + attend(x))
+        y = rows(layers.LayerNorm(self.dtype, name="norm2")(x))
         hidden = (self.mlp_ratio * self.width, self.width)
         return x + layers.MLP(hidden, layers.gelu, self.dtype, name="mlp")(y)
 

@@ -7,6 +7,7 @@ from collections.abc import Callable
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.experimental.layout import Layout, with_layout_constraint
 
 from sss_jax.axes import Array, Float
 from sss_jax.models import convolution
@@ -69,19 +70,80 @@ def window_partition(
 
 
 def window_merge(
-    windows: Float[Array, "Bw window window C"], height: int, width: int
+    windows: Float[Array, "Bw rows columns C"], height: int, width: int
 ) -> Float[Array, "B H W C"]:
-    """Undo `window_partition` and crop to `height` x `width`."""
-    _, window, _, c = windows.shape
-    rows, cols = -(-height // window), -(-width // window)
-    x = windows.reshape(-1, rows, cols, window, window, c).transpose(0, 1, 3, 2, 4, 5)
-    return x.reshape(-1, rows * window, cols * window, c)[:, :height, :width]
+    """Undo `window_partition`, of windows of any sides, and crop to `height` x `width`."""
+    _, rows, columns, c = windows.shape
+    down, across = -(-height // rows), -(-width // columns)
+    x = windows.reshape(-1, down, across, rows, columns, c).transpose(0, 1, 3, 2, 4, 5)
+    return x.reshape(-1, down * rows, across * columns, c)[:, :height, :width]
 
 
 def max_pool(x_BHWC: Float[Array, "B H W C"]) -> Float[Array, "B h w C"]:
     """Maximum over 2x2 cells, stride 2; the sides must be even."""
     b, h, w, c = x_BHWC.shape
-    return x_BHWC.reshape(b, h // 2, 2, w // 2, 2, c).max(axis=(2, 4))
+    return max_over(x_BHWC.reshape(b, h // 2, 2, w // 2, 2, c), (2, 4))
+
+
+def in_rows(x: Float[Array, "..."]) -> Float[Array, "..."]:
+    """Keep an array in memory in the order of its axes, on TPUs.
+
+    Left to itself XLA chooses orders for products and copies the results, which are wider.
+    """
+    return with_layout_constraint(x, Layout(tuple(range(x.ndim))))
+
+
+def group_windows(
+    x_BHWC: Float[Array, "B H W C"], window: int, group: int, corners: bool
+) -> Float[Array, "Bg rows C"]:
+    """Cut a map into blocks of several windows side by side, each block line by line.
+
+    Args:
+        x_BHWC: a map whose sides are multiples of `window`.
+        window: side of a window.
+        group: windows in a block.
+        corners: sort a block by corner of its 2x2 cells first, so that the maximum over its four
+            quarters pools it.
+    """
+    b, h, _, c = x_BHWC.shape
+    corner = 2 if corners else 1
+    cells = window // corner
+    x = x_BHWC.reshape(b, h // window, cells, corner, -1, group * cells, corner, c)
+    x = x.transpose(0, 1, 4, 3, 6, 2, 5, 7)
+    return x.reshape(-1, group * window**2, c)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def max_over(x: Float[Array, "..."], axes: tuple[int, ...]) -> Float[Array, "..."]:
+    """Maximum over axes of length 2; of equals the first takes the gradient, as in PyTorch.
+
+    The derivative is written out so that the forward pass keeps a byte for each result, where
+    differentiating a maximum keeps everything, compares it again and counts the equals.
+    """
+    return _max_over_forward(x, axes)[0]
+
+
+def _max_over_forward(x: Array, axes: tuple[int, ...]) -> tuple[Array, Array]:
+    best = x.max(axes)
+    number = _number(x.shape, axes)
+    first = jnp.where(x == jnp.expand_dims(best, axes), number, jnp.int8(127)).min(axes)
+    return best, first
+
+
+def _number(shape: tuple[int, ...], axes: tuple[int, ...]) -> Array:
+    """Places along some axes, counted through, in the shape that goes with `shape`."""
+    sides = [side if axis in axes else 1 for axis, side in enumerate(shape)]
+    return jnp.arange(math.prod(sides), dtype=jnp.int8).reshape(sides)
+
+
+def _max_over_backward(axes: tuple[int, ...], place: Array, bar: Array) -> tuple[Array]:
+    place, bar = (jnp.expand_dims(a, axes) for a in (place, bar))
+    shape = [2 if axis in axes else 1 for axis in range(bar.ndim)]
+    number = _number(tuple(shape), axes)
+    return (jnp.where(place == number, bar, jnp.zeros((), bar.dtype)),)
+
+
+max_over.defvjp(_max_over_forward, _max_over_backward)
 
 
 def conv_transpose_2x2(
@@ -146,7 +208,8 @@ def layer_norm(
 ) -> Float[Array, "... C"]:
     """Normalise the last axis, scale and shift it; in float32 whatever comes in.
 
-    The variance is computed in two passes: the difference of moments cancels in float32. The
+    The variance of float32 numbers is computed in two passes, because the difference of moments
+    cancels; of shorter numbers in one, where that loses less than their own rounding did. The
     derivative is written out so that the forward pass keeps what came in, in its own type, where
     differentiating the formula keeps three arrays in float32.
     """
@@ -158,7 +221,12 @@ def _layer_norm_forward(
 ) -> tuple[Array, tuple[Array, ...]]:
     wide = x.astype(jnp.float32)
     mean = wide.mean(axis=-1, keepdims=True)
-    inverse = jax.lax.rsqrt(jnp.square(wide - mean).mean(axis=-1, keepdims=True) + epsilon)
+    if x.dtype == jnp.float32:
+        variance = jnp.square(wide - mean).mean(axis=-1, keepdims=True)
+    else:
+        variance = jnp.square(wide).mean(axis=-1, keepdims=True) - jnp.square(mean)
+        variance = jnp.maximum(variance, 0)
+    inverse = jax.lax.rsqrt(variance + epsilon)
     out = add_bias(scale_by((wide - mean) * inverse, scale), bias)
     return out, (x, mean, inverse, scale)
 

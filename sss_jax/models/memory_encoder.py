@@ -9,12 +9,36 @@ import flax.linen as nn
 import jax.numpy as jnp
 
 from sss_jax.axes import Array, Float
-from sss_jax.models import convolution, layers
+from sss_jax.models import convolution, layers, phases
 from sss_jax.models.initial import initialiser
 from sss_jax.models.presets import FUSER_KERNEL, FUSER_LAYERS, Sam2Config
 
 MASK_SCALE, MASK_SHIFT = 20.0, -10.0
 """Probabilities of the mask are stretched to [-10, 10]."""
+
+
+class HalvingConv(nn.Module):
+    """Convolution, kernel 3x3, stride 2, a row of zeros around.
+
+    Attributes:
+        features: output channels.
+        dtype: computation type.
+    """
+
+    features: int
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "N ..."]) -> Float[Array, "N ..."]:
+        """Convolve maps, [N, H, W, C], or maps as phases, [N, P, Q, C, h, w]."""
+        in_phases = x.ndim == 6
+        shape = (3, 3, x.shape[3], self.features)
+        kernel = self.param("kernel", initialiser("kernel"), shape).astype(self.dtype)
+        bias = self.param("bias", initialiser("bias"), (self.features,)).astype(self.dtype)
+        if in_phases:
+            y = phases.convolve_halving(x.astype(self.dtype), kernel)
+            return y + bias.reshape(1, 1, 1, -1, 1, 1)
+        return layers.add_bias(convolution.convolve(x.astype(self.dtype), kernel, 2, 1), bias)
 
 
 class MaskDownsampler(nn.Module):
@@ -27,17 +51,19 @@ class MaskDownsampler(nn.Module):
     config: Sam2Config
 
     @nn.compact
-    def __call__(self, mask_NHW1: Float[Array, "N H W 1"]) -> Float[Array, "N h w D"]:
-        """Embed masks at the resolution of the input image."""
+    def __call__(self, mask: Float[Array, "N ..."]) -> Float[Array, "N h w D"]:
+        """Embed masks at the resolution of the input image, [N, H, W] or as `phases`."""
         c = self.config
         steps = int(math.log2(c.strides[2]))
-        x = mask_NHW1
+        x = mask[..., None] if mask.ndim == 3 else mask[:, :, :, None]
         for i in range(steps):
-            conv = layers.Conv(
-                4 ** (i + 1), 3, c.compute_dtype, stride=2, padding=1, name=f"encoder_{3 * i}"
-            )
+            x = HalvingConv(4 ** (i + 1), c.compute_dtype, name=f"encoder_{3 * i}")(x)
             norm = layers.LayerNorm(c.compute_dtype, name=f"encoder_{3 * i + 1}")
-            x = layers.gelu(norm(conv(x)))
+            channels = 3  # of maps the last axis, of phases the one before the pixels
+            x = jnp.moveaxis(norm(jnp.moveaxis(x, channels, -1)), -1, channels)
+            x = layers.gelu(x)
+            if x.ndim == 6 and x.shape[1:3] == (1, 1):
+                x = x[:, 0, 0].transpose(0, 2, 3, 1)
         return layers.Conv(c.width, 1, c.compute_dtype, name=f"encoder_{3 * steps}")(x)
 
 
@@ -111,17 +137,18 @@ class MemoryEncoder(nn.Module):
 
     @nn.compact
     def __call__(
-        self, coarse_BHWD: Float[Array, "B h w D"], mask_BKHW: Float[Array, "B K H W"]
+        self, coarse_BHWD: Float[Array, "B h w D"], mask: Float[Array, "B K ..."]
     ) -> Float[Array, "B K h w M"]:
         """Encode.
 
         Args:
             coarse_BHWD: coarse features as the encoder gives them, shared by the objects.
-            mask_BKHW: probability that a pixel is part of the object, at input resolution.
+            mask: probability that a pixel is part of the object, at input resolution, [B, K, H,
+                W], or as `phases`, [B, K, P, Q, h, w].
         """
         c = self.config
-        b, k, height, width = mask_BKHW.shape
-        mask = (MASK_SCALE * mask_BKHW + MASK_SHIFT).reshape(b * k, height, width, 1)
+        b, k = mask.shape[:2]
+        mask = (MASK_SCALE * mask + MASK_SHIFT).reshape(b * k, *mask.shape[2:])
         seen = MaskDownsampler(c, name="mask_downsampler")(mask)
         pixels = layers.Conv(c.width, 1, c.compute_dtype, name="pix_feat_proj")(coarse_BHWD)
         x = pixels[:, None] + seen.reshape(b, k, *seen.shape[1:])

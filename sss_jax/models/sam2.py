@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from sss_jax.axes import Array, Bool, Float, Int
-from sss_jax.models import layers, position
+from sss_jax.models import layers, phases, position
 from sss_jax.models.image_encoder import Features, ImageEncoder
 from sss_jax.models.initial import initialiser
 from sss_jax.models.mask_decoder import MaskDecoder, MaskOutput, Skips, with_coarse
@@ -242,8 +242,9 @@ class Sam2(nn.Module):
         """
         b, k = logits_BKHW.shape[:2]
         size = tuple(side * self.config.strides[2] for side in coarse_BHWD.shape[1:3])
-        full = jax.image.resize(logits_BKHW, (b, k, *size), "bilinear")
-        binary = jnp.broadcast_to(binary, (b, k))[..., None, None]
+        full = self._enlarged(logits_BKHW.reshape(b * k, *logits_BKHW.shape[2:]), size)
+        full = full.reshape(b, k, *full.shape[1:])
+        binary = jnp.broadcast_to(binary, (b, k)).reshape(b, k, *(1,) * (full.ndim - 2))
         mask = jnp.where(binary, (full > 0).astype(jnp.float32), jax.nn.sigmoid(full))
         memory = self.memory_encoder(coarse_BHWD, mask)
         memory = memory.reshape(b, k, -1, memory.shape[-1])
@@ -252,6 +253,12 @@ class Sam2(nn.Module):
         absent = (object_score_BK <= 0)[..., None, None]
         extra = self.no_obj_embed_spatial[None, None].astype(memory.dtype)
         return jnp.where(absent, memory + extra, memory)
+
+    def _enlarged(self, logits_NHW: Array, size: tuple[int, ...]) -> Array:
+        """Interpolate masks to the input's size; as phases where kernels want them."""
+        if not self.config.kernels:
+            return jax.image.resize(logits_NHW, (len(logits_NHW), *size), "bilinear")
+        return phases.upsample(phases.split(logits_NHW, 2), size[0] // logits_NHW.shape[1])
 
     def without_memory(self, coarse_BHWD: Float[Array, "B h w D"]) -> Float[Array, "B h w D"]:
         """Mark coarse maps as those of slices that see no memory."""

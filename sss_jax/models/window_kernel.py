@@ -5,11 +5,13 @@ after them, to main memory. The kernels read queries, keys and values once, as t
 give them, and write the result once. The backward pass computes the weights again. Where windows
 are small several make one block of rows, and tokens of other windows are switched off.
 
-Axes: W windows; N queries and T keys of a window (fewer queries where they are pooled); C
+Axes: G groups of windows; N queries and T keys of a group (fewer queries where they are pooled); C
 channels of all heads.
 """
 
 import functools
+import math
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -37,128 +39,142 @@ BLOCK = 16 * 2**20
 """Most bytes of a block of windows that a kernel takes at once, all arrays together."""
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
-def attend(
-    q_WNC: Float[Array, "W N C"],
-    kv_WTE: Float[Array, "W T 2C"],
-    heads: int,
-    interpret: bool = False,
-) -> Float[Array, "W N C"]:
-    """Attention of the queries of each window to its keys, which lie beside its values.
+Projections = tuple[Array, ...]
+"""Queries, keys and values in one array, [G, N, 3C]; or [G, N, C] and [G, T, 2C]."""
 
-    `interpret` runs the kernels without a TPU.
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))
+def attend(
+    projections: Projections, heads: int, windows: int, interpret: bool = False
+) -> Float[Array, "G N C"]:
+    """Attention of the queries of each window to its keys.
+
+    Args:
+        projections: of groups of square windows that lie side by side, line by line; where there
+            are several times as many keys as queries, each N of them lie like the queries.
+        heads: attention heads.
+        windows: windows in a group.
+        interpret: run the kernels without a TPU.
     """
-    (out,) = _call(_forward, (q_WNC, kv_WTE), (q_WNC,), heads, interpret)
+    q = projections[0]
+    like = jax.ShapeDtypeStruct((*q.shape[:2], _width(projections)), q.dtype)
+    (out,) = _call(_forward, projections, (), (like,), heads, windows, interpret)
     return out
 
 
+def _width(projections: Projections) -> int:
+    """Channels of all heads."""
+    return sum(x.shape[-1] for x in projections) // 3
+
+
 def _attend_forward(
-    q_WNC: Array, kv_WTE: Array, heads: int, interpret: bool
-) -> tuple[Array, tuple[Array, Array]]:
-    return attend(q_WNC, kv_WTE, heads, interpret), (q_WNC, kv_WTE)
+    projections: Projections, heads: int, windows: int, interpret: bool
+) -> tuple[Array, Projections]:
+    return attend(projections, heads, windows, interpret), projections
 
 
 def _attend_backward(
-    heads: int, interpret: bool, kept: tuple[Array, Array], bar_WNC: Array
-) -> tuple[Array, ...]:
-    return _call(_backward, (*kept, bar_WNC), kept, heads, interpret)
+    heads: int, windows: int, interpret: bool, projections: Projections, bar_GNC: Array
+) -> tuple[Projections]:
+    return (_call(_backward, projections, (bar_GNC,), projections, heads, windows, interpret),)
 
 
 attend.defvjp(_attend_forward, _attend_backward)
 
 
 def _call(
-    kernel: Any, arrays: tuple[Array, ...], like: tuple[Array, ...], heads: int, interpret: bool
+    kernel: Any,
+    projections: Projections,
+    more: tuple[Array, ...],
+    like: Sequence[Any],
+    heads: int,
+    windows: int,
+    interpret: bool,
 ) -> tuple[Array, ...]:
-    """Run a kernel over windows; its results have the shapes of `like`."""
-    (windows, queries, width), tokens = arrays[0].shape, arrays[1].shape[1]
-    group = group_of_windows(windows, queries, tokens)
-    groups = windows // group
-    merged = [x.reshape(groups, -1, x.shape[-1]) for x in arrays]
-    made: list[Any] = [
-        jax.ShapeDtypeStruct((groups, group * x.shape[1], x.shape[2]), x.dtype) for x in like
-    ]
-    moved = sum(x.size * x.dtype.itemsize for x in (*merged, *made))
+    """Run a kernel over groups; its results have the shapes of `like`."""
+    arrays = (*projections, *more)
+    made: list[Any] = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in like]
+    (groups, queries, _), tokens = projections[0].shape, projections[-1].shape[1]
+    moved = sum(x.size * x.dtype.itemsize for x in (*arrays, *made))
     count = largest_divisor(groups, BLOCK * groups // moved)
-    blocks = [pl.BlockSpec((count, *x.shape[1:]), lambda i: (i, 0, 0)) for x in (*merged, *made)]
+    blocks = [pl.BlockSpec((count, *x.shape[1:]), lambda i: (i, 0, 0)) for x in (*arrays, *made)]
+    logits = groups * queries * tokens // windows
     products = 2 if kernel is _forward else 5
     found = pl.pallas_call(
-        functools.partial(kernel, heads=heads, queries=queries, tokens=tokens),
+        functools.partial(kernel, heads=heads, windows=windows),
         grid=(groups // count,),
-        in_specs=blocks[: len(merged)],
-        out_specs=blocks[len(merged) :],
+        in_specs=blocks[: len(arrays)],
+        out_specs=blocks[len(arrays) :],
         out_shape=made,
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel",), vmem_limit_bytes=CORE_MEMORY
         ),
         cost_estimate=pl.CostEstimate(
-            flops=2 * products * windows * queries * tokens * width,
-            transcendentals=windows * heads * queries * tokens,
+            flops=2 * products * logits * _width(projections),
+            transcendentals=heads * logits,
             bytes_accessed=moved,
         ),
         interpret=interpret,
         name=f"window_attention{kernel.__name__}",
-    )(*merged)
-    return tuple(x.reshape(y.shape) for x, y in zip(found, like, strict=True))
+    )(*arrays)
+    return tuple(found)
 
 
 def group_of_windows(windows: int, queries: int, tokens: int) -> int:
-    """Windows per block of rows: as many as fill ROWS, where their tokens fill whole tiles."""
-    if queries % TILE or tokens % TILE:
-        return 1
-    return largest_divisor(windows, ROWS // tokens)
+    """How many of some windows make a group: as many as fill ROWS, and whole tiles.
+
+    Args:
+        windows: windows side by side.
+        queries: of each.
+        tokens: of each.
+    """
+    group = largest_divisor(windows, max(1, ROWS // tokens))
+    return group if group * queries % TILE == 0 else 1
 
 
-def _forward(
-    q_ref: Ref, kv_ref: Ref, out_ref: Ref, *, heads: int, queries: int, tokens: int
-) -> None:
-    bias = _others_off(q_ref.shape[1], kv_ref.shape[1], queries, tokens)
+def _forward(*refs: Ref, heads: int, windows: int) -> None:
+    *projections, out_ref = refs
+    q_ref, kv_ref = projections[0], projections[-1]
+    bias = _others_off(q_ref.shape[1], kv_ref.shape[1], windows)
 
     def window(i: int, _: None) -> None:
         for head in range(heads):
-            q, k, v, place, _ = _head(q_ref, kv_ref, i, head, heads)
+            of_q, of_k, of_v = _channels(head, heads, out_ref.shape[-1], kv_ref.shape[-1])
+            q, k, v = q_ref[i, :, of_q], kv_ref[i, :, of_k], kv_ref[i, :, of_v]
             weights = _weights(q, k, bias)
-            out_ref[i, :, place] = product(weights.astype(v.dtype), v, NN).astype(out_ref.dtype)
+            out_ref[i, :, of_q] = product(weights.astype(v.dtype), v, NN).astype(out_ref.dtype)
 
     jax.lax.fori_loop(0, q_ref.shape[0], window, None)
 
 
-def _backward(
-    q_ref: Ref,
-    kv_ref: Ref,
-    bar_ref: Ref,
-    q_bar_ref: Ref,
-    kv_bar_ref: Ref,
-    *,
-    heads: int,
-    queries: int,
-    tokens: int,
-) -> None:
-    bias = _others_off(q_ref.shape[1], kv_ref.shape[1], queries, tokens)
+def _backward(*refs: Ref, heads: int, windows: int) -> None:
+    count = len(refs) // 2
+    projections, bar_ref, bars = refs[:count], refs[count], refs[count + 1 :]
+    q_ref, kv_ref, q_bar_ref, kv_bar_ref = projections[0], projections[-1], bars[0], bars[-1]
+    bias = _others_off(q_ref.shape[1], kv_ref.shape[1], windows)
 
     def window(i: int, _: None) -> None:
         for head in range(heads):
-            q, k, v, place, of_value = _head(q_ref, kv_ref, i, head, heads)
-            weights, bar = _weights(q, k, bias), bar_ref[i, :, place]
+            of_q, of_k, of_v = _channels(head, heads, bar_ref.shape[-1], kv_ref.shape[-1])
+            q, k, v = q_ref[i, :, of_q], kv_ref[i, :, of_k], kv_ref[i, :, of_v]
+            weights, bar = _weights(q, k, bias), bar_ref[i, :, of_q]
             lean = product(bar, v, NT)
             lean = weights * (lean - jnp.sum(weights * lean, axis=1, keepdims=True))
             logits_bar = (lean * q.shape[-1] ** -0.5).astype(q.dtype)
-            q_bar_ref[i, :, place] = product(logits_bar, k, NN).astype(q_bar_ref.dtype)
-            kv_bar_ref[i, :, place] = product(logits_bar, q, TN).astype(kv_bar_ref.dtype)
+            q_bar_ref[i, :, of_q] = product(logits_bar, k, NN).astype(q_bar_ref.dtype)
+            kv_bar_ref[i, :, of_k] = product(logits_bar, q, TN).astype(kv_bar_ref.dtype)
             v_bar = product(weights.astype(bar.dtype), bar, TN)
-            kv_bar_ref[i, :, of_value] = v_bar.astype(kv_bar_ref.dtype)
+            kv_bar_ref[i, :, of_v] = v_bar.astype(kv_bar_ref.dtype)
 
     jax.lax.fori_loop(0, q_ref.shape[0], window, None)
 
 
-def _head(
-    q_ref: Ref, kv_ref: Ref, i: int, head: int, heads: int
-) -> tuple[Array, Array, Array, Any, Any]:
-    """Queries, keys and values of one head, and where its channels lie: queries', values'."""
-    width = q_ref.shape[-1]
+def _channels(head: int, heads: int, width: int, held: int) -> tuple[Any, Any, Any]:
+    """Where queries, keys and values of a head lie; keys and values end the `held` channels."""
     d = width // heads
-    place, of_value = pl.ds(head * d, d), pl.ds(width + head * d, d)
-    return q_ref[i, :, place], kv_ref[i, :, place], kv_ref[i, :, of_value], place, of_value
+    first = held - 2 * width
+    of_q, of_k, of_v = (pl.ds(start + head * d, d) for start in (0, first, first + width))
+    return of_q, of_k, of_v
 
 
 def _weights(q: Array, k: Array, bias: Array | None) -> Array:
@@ -168,12 +184,13 @@ def _weights(q: Array, k: Array, bias: Array | None) -> Array:
     return weights / weights.sum(axis=1, keepdims=True)
 
 
-def _others_off(rows: int, columns: int, queries: int, tokens: int) -> Array | None:
+def _others_off(queries: int, keys: int, windows: int) -> Array | None:
     """Added to the logits of a group: 0 inside a window; None where the group is one window."""
-    if rows == queries:
+    if windows == 1:
         return None
+    side = math.isqrt(queries // windows)
     window_of = [
-        jax.lax.div(jax.lax.broadcasted_iota(jnp.int32, (rows, columns), axis), jnp.int32(size))
-        for axis, size in enumerate((queries, tokens))
+        jax.lax.div(jax.lax.rem(row, jnp.int32(windows * side)), jnp.int32(side))
+        for row in (jax.lax.broadcasted_iota(jnp.int32, (queries, keys), axis) for axis in range(2))
     ]
     return jnp.where(window_of[0] == window_of[1], 0.0, OFF)

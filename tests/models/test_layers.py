@@ -54,6 +54,21 @@ def test_max_pool():
     np.testing.assert_array_equal(layers.max_pool(x), np.max(cells, axis=0))
 
 
+def test_of_equals_the_first_takes_the_gradient_of_a_maximum():
+    x = np.float32([[[1, 3], [3, 3]], [[2, 2], [2, 2]], [[-1, 0], [5, 4]]]).reshape(3, 2, 1, 2)
+    bar = np.float32([10, 20, 30]).reshape(3, 1)
+    found, gradient = jax.vjp(lambda x: layers.max_over(x, (1, 3)), x)
+    np.testing.assert_array_equal(found, [[3], [2], [5]])
+    expected = np.float32([[[0, 10], [0, 0]], [[20, 0], [0, 0]], [[0, 0], [30, 0]]])
+    np.testing.assert_array_equal(gradient(bar)[0], expected.reshape(x.shape))
+
+
+def test_a_maximum_keeps_a_byte_for_each_result():
+    x = jnp.ones((64, 4, 32), jnp.bfloat16)
+    _, gradient = jax.vjp(lambda x: layers.max_over(x, (1,)), x)
+    assert sum(leaf.nbytes for leaf in jax.tree.leaves(gradient)) <= 64 * 32
+
+
 def test_transposed_convolution_writes_each_tap():
     x, kernel = normal(0, 2, 3, 2, 3, 4), normal(1, 2, 2, 4, 5)
     y = layers.conv_transpose_2x2(x, kernel)
@@ -87,6 +102,19 @@ def test_layer_norm_survives_a_large_mean():
     wide = x.astype(float)
     expected = (wide - wide.mean(-1, keepdims=True)) / wide.std(-1, keepdims=True)
     np.testing.assert_allclose(y, expected, atol=5e-3)
+
+
+def test_layer_norm_of_short_numbers_loses_less_than_their_rounding_did():
+    x = normal(0, 64, 96).astype(np.float64) + 30
+    rounded = jnp.asarray(x, jnp.bfloat16)
+    ones = jnp.ones(96)
+    y = layers.layer_norm(rounded, ones, 0 * ones, 1e-6)
+
+    def exactly(x):
+        return (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + 1e-6)
+
+    of_rounded = exactly(np.asarray(rounded, np.float64))
+    assert np.abs(y - of_rounded).max() < 0.01 * np.abs(of_rounded - exactly(x)).max()
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])

@@ -57,10 +57,14 @@ def test_windows(compile_for, name, dtype):
     for shape in sorted(shapes):
         tokens = shape.window**2
         queries = tokens // 4 if shape.pool else tokens
-        q, kv = ((32, queries, shape.width), dtype), ((32, tokens, 2 * shape.width), dtype)
+        group = window_kernel.group_of_windows(32, queries, tokens)
+        held = [(queries, 1), (tokens, 2)] if shape.pool else [(tokens, 3)]
+        arrays = [((32 // group, group * n, part * shape.width), dtype) for n, part in held]
+        bar = ((32 // group, group * queries, shape.width), dtype)
 
-        def gradients(q, kv, heads=shape.heads):
-            return jax.vjp(lambda q, kv: window_kernel.attend(q, kv, heads), q, kv)[1](q)
+        def gradients(bar, *projections, heads=shape.heads, group=group):
+            attend = lambda x: window_kernel.attend(x, heads, group)  # noqa: E731
+            return jax.vjp(attend, projections)[1](bar)
 
-        text = compile_for(gradients, q, kv)
+        text = compile_for(gradients, bar, *arrays)
         assert "window_attention_backward" in text
