@@ -4,7 +4,7 @@ import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 
-from sss_jax.hlo_text import Instruction, arrays_of, dims_of, main_memory, nbytes
+from sss_jax.hlo_text import Instruction, arrays_of, dims_of, main_memory
 
 Computations = Mapping[str, Sequence[Instruction]]
 
@@ -85,7 +85,7 @@ def _slices(inner: Sequence[Instruction]) -> dict[int, int]:
         users = _users(inner, parameter)
         if users and all(_takes_part_of(user, parameter, inner) for user in users):
             cuts = [user.shape for user in users if user.opcode == "dynamic-slice"]
-            found[parameter.number] = sum(map(nbytes, cuts))
+            found[parameter.number] = sum(map(main_memory, cuts))
     return found
 
 
@@ -126,7 +126,7 @@ def _not_written(inner: Sequence[Instruction], operands: Sequence[str]) -> int:
         number = whole.number if whole and whole.opcode == "parameter" else None
         if number is not None and main_memory(operands[number]):
             part = lines.get(update.operands[1])
-            total += nbytes(update.shape) - (nbytes(part.shape) if part else 0)
+            total += main_memory(update.shape) - (main_memory(part.shape) if part else 0)
     return total
 
 

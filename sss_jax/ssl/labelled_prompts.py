@@ -102,7 +102,9 @@ def shrink_labels(
     label_BSHW: Int[Array, "B S H W"], stride: int, classes: int
 ) -> Float[Array, "B S h w K"]:
     """Return the classes' masks on a coarser grid; a cell is on if any of its pixels is."""
-    hot = jax.nn.one_hot(label_BSHW, classes + 1, dtype=jnp.float32)[..., 1:]
-    batch, slices, height, width, _ = hot.shape
-    cells = hot.reshape(batch, slices, height // stride, stride, width // stride, stride, classes)
-    return cells.max(axis=(3, 5))
+    sides = (1, 1, 1, stride, stride)
+    hot_KBSHW = label_BSHW[None] == jnp.arange(1, classes + 1).reshape(-1, 1, 1, 1, 1)
+    cells = jax.lax.reduce_window(
+        hot_KBSHW.astype(jnp.float32), 0.0, jax.lax.max, sides, sides, "VALID"
+    )
+    return jnp.moveaxis(cells, 0, -1)
