@@ -250,6 +250,33 @@ def test_of_what_is_sliced_or_updated_in_place_only_the_slice_moves():
     assert cost.nbytes == 2 * row + index + 2 * row
 
 
+IN_TILES = """HloModule m
+
+%fused (p: bf16[32,96], q: bf16[8,96], i: s32[]) -> bf16[32,96] {
+  %p = bf16[32,96]{1,0:T(8,128)(2,1)} parameter(0)
+  %q = bf16[8,96]{1,0:T(8,128)(2,1)} parameter(1)
+  %i = s32[] parameter(2)
+  %zero = s32[] constant(0)
+  %was = bf16[8,96]{1,0:T(8,128)(2,1)} dynamic-slice(%p, %i, %zero), dynamic_slice_sizes={8,96}
+  %sum = bf16[8,96]{1,0:T(8,128)(2,1)} add(%was, %q)
+  ROOT %new = bf16[32,96]{1,0:T(8,128)(2,1)} dynamic-update-slice(%p, %sum, %i, %zero)
+}
+
+ENTRY %main (p0: bf16[32,96], p1: bf16[8,96], p2: s32[]) -> bf16[32,96] {
+  %p0 = bf16[32,96]{1,0:T(8,128)(2,1)} parameter(0)
+  %p1 = bf16[8,96]{1,0:T(8,128)(2,1)} parameter(1)
+  %p2 = s32[] parameter(2)
+  ROOT %f = bf16[32,96]{1,0:T(8,128)(2,1)} fusion(%p0, %p1, %p2), kind=kLoop, calls=%fused
+}
+"""
+
+
+def test_slices_of_what_lies_in_tiles_are_tiles():
+    (cost,) = Program(IN_TILES).costs()
+    was = given = written = 8 * 128 * 2
+    assert cost.nbytes == was + given + written + 4
+
+
 def test_a_parameter_that_is_also_read_whole_counts_whole():
     text = SLICES.replace(
         "%sum = f32[64]{0} bitcast(%slice)", "%sum = f32[64]{0} reduce(%r, %zero)"

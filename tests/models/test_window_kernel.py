@@ -103,7 +103,7 @@ def test_a_block_is_the_same_on_tpus_as_elsewhere(monkeypatch, side, pool):
     here = lambda x, heads, windows, interpret=True: attend(x, heads, windows, True)  # noqa: E731
     monkeypatch.setattr(window_kernel, "attend", here)
     plain = hiera.Block(8, 2, 4, pool, 2, jnp.float32)
-    x = normal(0, 2, side, side, 4 if pool else 8)
+    x = normal(0, 2, side, side + 4, 4 if pool else 8)
     params = jax.tree.map(lambda x: normal(1, *x.shape), plain.init(jax.random.key(0), x))
     expected, by_autodiff = jax.vjp(plain.apply, params, x)
     found, gradient = jax.vjp(plain.clone(kernels=True).apply, params, x)
