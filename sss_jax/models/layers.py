@@ -146,19 +146,18 @@ def _max_over_backward(axes: tuple[int, ...], place: Array, bar: Array) -> tuple
 max_over.defvjp(_max_over_forward, _max_over_backward)
 
 
-def conv_transpose_2x2(
-    x: Float[Array, "... H W C"], kernel: Float[Array, "2 2 C E"]
-) -> Float[Array, "... H2 W2 E"]:
-    """Transposed convolution with a 2x2 kernel and stride 2, as one matrix product.
+def to_cells(x: Float[Array, "... H W C"]) -> Float[Array, "... h w 4C"]:
+    """Put the four pixels of every 2x2 cell side by side in the channels; the sides are even."""
+    *batch, height, width, c = x.shape
+    x = x.reshape(*batch, height // 2, 2, width // 2, 2, c)
+    return jnp.swapaxes(x, -4, -3).reshape(*batch, height // 2, width // 2, 4 * c)
 
-    Tap (i, j) of the kernel writes output pixel (2 row + i, 2 column + j); the kernel is not
-    flipped.
-    """
+
+def from_cells(x: Float[Array, "... h w 4C"]) -> Float[Array, "... H W C"]:
+    """Undo `to_cells`."""
     *batch, h, w, c = x.shape
-    e = kernel.shape[-1]
-    y = linear(x, kernel.transpose(2, 0, 1, 3).reshape(c, 4 * e))
-    y = jnp.swapaxes(y.reshape(*batch, h, w, 2, 2, e), -4, -3)
-    return y.reshape(*batch, 2 * h, 2 * w, e)
+    x = x.reshape(*batch, h, w, 2, 2, c // 4)
+    return jnp.swapaxes(x, -4, -3).reshape(*batch, 2 * h, 2 * w, c // 4)
 
 
 def linear(x: Float[Array, "... C"], kernel: Float[Array, "C E"]) -> Float[Array, "... E"]:
@@ -360,20 +359,28 @@ class Conv(nn.Module):
 
 
 class ConvTranspose(nn.Module):
-    """Transposed convolution, kernel 2x2, stride 2.
+    """Transposed convolution, kernel 2x2, stride 2, as one matrix product.
+
+    Tap (i, j) of the kernel writes output pixel (2 row + i, 2 column + j); the kernel is not
+    flipped.
 
     Attributes:
         features: output channels.
         dtype: computation type.
+        cells: leave the four pixels of a cell side by side in the channels, as `to_cells` does.
     """
 
     features: int
     dtype: jnp.dtype
+    cells: bool = False
 
     @nn.compact
     def __call__(self, x: Float[Array, "... H W C"]) -> Float[Array, "... H2 W2 E"]:
         """Double the resolution."""
-        shape = (2, 2, x.shape[-1], self.features)
+        channels = x.shape[-1]
+        shape = (2, 2, channels, self.features)
         kernel = self.param("kernel", initialiser("kernel"), shape).astype(self.dtype)
         bias = self.param("bias", initialiser("bias"), (self.features,)).astype(self.dtype)
-        return add_bias(conv_transpose_2x2(x.astype(self.dtype), kernel), bias)
+        taps = kernel.transpose(2, 0, 1, 3).reshape(channels, -1)
+        y = add_bias(linear(x.astype(self.dtype), taps), jnp.tile(bias, 4))
+        return y if self.cells else from_cells(y)

@@ -36,7 +36,8 @@ class Skips(NamedTuple):
     """Pyramid maps as far as the decoder needs them: an eighth of the size of `Features`.
 
     Attributes:
-        fine_BHWC: the finest map after the decoder's skip convolution.
+        fine_BHWC: the finest map after the decoder's skip convolution, four pixels side by side
+            in the channels (`layers.to_cells`), so that there are as many as a tile of TPUs has.
         mid_BHWC: the middle map after its own.
         coarse_BHWD: the coarse map, as it is or conditioned on memory, [B, K, H, W, D].
     """
@@ -71,7 +72,7 @@ class MaskDecoder(nn.Module):
     def skips(self, features: Features) -> Skips:
         """Reduce the fine and the middle map to the channels that the decoder adds."""
         fine, mid, coarse = features
-        return Skips(self.conv_s0(fine), self.conv_s1(mid), coarse)
+        return Skips(layers.to_cells(self.conv_s0(fine)), self.conv_s1(mid), coarse)
 
     @nn.compact
     def __call__(
@@ -110,11 +111,9 @@ class MaskDecoder(nn.Module):
 
         masks = 1 if single else c.num_masks
         tokens_BKMD = tokens[:, :, 2 : 2 + masks]
-        pixels = self._upscale(keys.reshape(b, k, h, w, d), fine, mid)
+        cells = self._upscale(keys.reshape(b, k, h, w, d), fine, mid)
         weights = self._hypernetworks(tokens[:, :, 2 : 2 + c.num_masks], masks)
-        logits = jnp.einsum(
-            "bkmc,bkhwc->bkmhw", weights, pixels, preferred_element_type=jnp.float32
-        )
+        logits = _logits_of_cells(weights, cells)
         iou = self._head("iou_prediction_head", c.num_masks, c.head_hidden)(tokens[:, :, 1])
         score = self._head("pred_obj_score_head", 1, d)(tokens[:, :, 0])
         return MaskOutput(
@@ -139,12 +138,15 @@ class MaskDecoder(nn.Module):
         return jnp.concatenate([output, prompts], 2), jnp.concatenate([on, valid], 2)
 
     def _upscale(self, keys: Array, fine: Array, mid: Array) -> Array:
-        """Bring the keys of every object to four times the grid, with skips from the image."""
+        """Bring the keys of every object to four times the grid, with skips from the image.
+
+        The last doubling leaves its pixels in cells, [B, K, 2h, 2w, 4 C].
+        """
         dtype = self.config.compute_dtype
         first, second = self.config.upscale_channels
         x = layers.ConvTranspose(first, dtype, name="output_upscaling_0")(keys)
         x = layers.LayerNorm(dtype, name="output_upscaling_1")(x + mid[:, None])
-        x = layers.ConvTranspose(second, dtype, name="output_upscaling_3")(layers.gelu(x))
+        x = layers.ConvTranspose(second, dtype, True, name="output_upscaling_3")(layers.gelu(x))
         return layers.gelu(x + fine[:, None])
 
     def _hypernetworks(self, tokens: Array, masks: int) -> Array:
@@ -164,3 +166,16 @@ class MaskDecoder(nn.Module):
     def _head(self, name: str, outputs: int, hidden: int) -> layers.MLP:
         widths = (hidden, hidden, outputs)
         return layers.MLP(widths, jax.nn.relu, self.config.compute_dtype, name=name)
+
+
+def _logits_of_cells(
+    weights_BKMC: Float[Array, "B K M C"], cells_BKhwC: Float[Array, "B K h w 4C"]
+) -> Float[Array, "B K M H W"]:
+    """Weigh the channels of every pixel; the weights of a cell's pixels as one matrix."""
+    b, k, m, c = weights_BKMC.shape
+    own = jnp.eye(4, dtype=weights_BKMC.dtype).reshape(1, 1, 1, 4, 4, 1)
+    block = (weights_BKMC[:, :, :, None, None] * own).reshape(b, k, 4 * m, 4 * c)
+    logits = jnp.einsum("bknc,bkhwc->bknhw", block, cells_BKhwC, preferred_element_type=jnp.float32)
+    h, w = logits.shape[-2:]
+    logits = logits.reshape(b, k, m, 2, 2, h, w).transpose(0, 1, 2, 5, 3, 6, 4)
+    return logits.reshape(b, k, m, 2 * h, 2 * w)

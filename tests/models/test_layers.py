@@ -69,12 +69,22 @@ def test_a_maximum_keeps_a_byte_for_each_result():
     assert sum(leaf.nbytes for leaf in jax.tree.leaves(gradient)) <= 64 * 32
 
 
-def test_transposed_convolution_writes_each_tap():
-    x, kernel = normal(0, 2, 3, 2, 3, 4), normal(1, 2, 2, 4, 5)
-    y = layers.conv_transpose_2x2(x, kernel)
-    assert y.shape == (2, 3, 4, 6, 5)
+@pytest.mark.parametrize("cells", [False, True])
+def test_transposed_convolution_writes_each_tap(cells):
+    x, kernel, bias = normal(0, 2, 3, 2, 3, 4), normal(1, 2, 2, 4, 5), normal(2, 5)
+    module = layers.ConvTranspose(5, jnp.float32, cells)
+    y = module.apply({"params": {"kernel": kernel, "bias": bias}}, x)
+    assert y.shape == ((2, 3, 2, 3, 20) if cells else (2, 3, 4, 6, 5))
+    y = layers.from_cells(y) if cells else y
     for i, j in np.ndindex(2, 2):
-        np.testing.assert_allclose(y[..., i::2, j::2, :], x @ kernel[i, j], atol=1e-5)
+        np.testing.assert_allclose(y[..., i::2, j::2, :], x @ kernel[i, j] + bias, atol=1e-5)
+
+
+def test_cells_hold_their_pixels_row_by_row():
+    x = normal(0, 2, 4, 6, 3)
+    cells = layers.to_cells(x)
+    np.testing.assert_array_equal(cells[1, 1, 2], x[1, 2:4, 4:6].ravel())
+    np.testing.assert_array_equal(layers.from_cells(cells), x)
 
 
 @pytest.mark.parametrize(
