@@ -21,7 +21,6 @@ def get_config(arg: str = "sss") -> ConfigDict:
     config.weak.scale_low, config.weak.scale_high = 0.85, 1.18
     config.weak.shift = 0.05
     config.train.labelled_batch = 4
-    # Of 131 volumes without labels two clips a step show too little (docs/reference/results.md).
-    config.train.unlabelled_batch = 4
+    config.train.unlabelled_batch = 2
     config.eval.slice_bucket = 48
     return config
