@@ -11,10 +11,22 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from sss_jax.axes import Array, Float
-from sss_jax.models import layers, position, repeats, window_kernel
+from sss_jax.models import (
+    layers,
+    mlp,
+    position,
+    projection_kernel,
+    repeats,
+    window_block_kernel,
+    window_kernel,
+)
 from sss_jax.models.attention import ATTENDED, KEEPS, attention, large_attention
 from sss_jax.models.initial import initialiser
+from sss_jax.models.mlp import Projection
 from sss_jax.models.presets import Sam2Config
+from sss_jax.models.projection_kernel import Form, Weights, project
+
+EPSILON = 1e-6
 
 
 class BlockShape(NamedTuple):
@@ -71,7 +83,8 @@ class WindowAttention(nn.Module):
     def __call__(self, x_BHWC: Float[Array, "B H W C"]) -> Float[Array, "B h w E"]:
         """Attend; with `pool`, the sides are halved."""
         x = x_BHWC.astype(self.dtype)
-        kernel, bias = Projection(3 * self.width, self.dtype, name="qkv")(x.shape[-1])
+        projection = Projection(3 * self.width, name="qkv")(x.shape[-1])
+        kernel, bias = (a.astype(self.dtype) for a in projection)
         shape = (self.window, self.heads, self.pool)
         if self.window and self.kernels:
             y = _attend_in_kernel(x, kernel, bias, *shape)
@@ -81,25 +94,6 @@ class WindowAttention(nn.Module):
             half = 2 if self.pool else 1
             y = layers.window_merge(y, x.shape[1] // half, x.shape[2] // half)
         return layers.Dense(self.width, self.dtype, name="proj")(y)
-
-
-class Projection(nn.Module):
-    """Parameters of a linear layer that is applied elsewhere.
-
-    Attributes:
-        features: output channels.
-        dtype: computation type.
-    """
-
-    features: int
-    dtype: jnp.dtype
-
-    @nn.compact
-    def __call__(self, channels: int) -> tuple[Float[Array, "C E"], Float[Array, " E"]]:
-        """Return kernel and bias for this many input channels."""
-        kernel = self.param("kernel", initialiser("kernel"), (channels, self.features))
-        bias = self.param("bias", initialiser("bias"), (self.features,))
-        return kernel.astype(self.dtype), bias.astype(self.dtype)
 
 
 def _attend(
@@ -142,9 +136,14 @@ def _attend_in_kernel(
 def _windows_in_rows(x_BHWC: Array, window: int, pool: bool) -> tuple[Array, int]:
     """Groups of windows as the kernels take them, [G, rows, C], and how many make a group."""
     x = layers.pad_to_windows(x_BHWC, window)
-    queries = (window // 2) ** 2 if pool else window**2
-    group = window_kernel.group_of_windows(x.shape[2] // window, queries, window**2)
+    group = _group_size(x.shape, window, pool)
     return layers.in_rows(layers.group_windows(x, window, group, pool)), group
+
+
+def _group_size(shape: tuple[int, ...], window: int, pool: bool) -> int:
+    """How many windows of a map of this shape make a group."""
+    queries = (window // 2) ** 2 if pool else window**2
+    return window_kernel.group_of_windows(-(-shape[2] // window), queries, window**2)
 
 
 def _pool_corners(x_GNC: Array) -> Array:
@@ -193,6 +192,18 @@ class Block(nn.Module):
     @nn.compact
     def __call__(self, x_BHWC: Float[Array, "B H W C"]) -> Float[Array, "B h w E"]:
         """Attend, then transform every token."""
+        if self._is_one_kernel(x_BHWC.shape):
+            x = self._attend_in_one_kernel(x_BHWC)
+        elif self._is_global(x_BHWC.shape):
+            x = self._attend_everywhere(x_BHWC)
+        else:
+            x = self._attend(x_BHWC)
+        norm = mlp.Norm(name="norm2")(self.width)
+        hidden = _Hidden(self.mlp_ratio * self.width, name="mlp")(self.width)
+        weights = mlp.Weights(*norm, *hidden)
+        return mlp.transform(x, weights, mlp.GELU, shortcut=True, kernels=self.kernels)
+
+    def _attend(self, x_BHWC: Array) -> Array:
         rows = layers.in_rows if self.kernels else lambda x: x
         shortcut = rows(x_BHWC)
         x = rows(layers.LayerNorm(self.dtype, name="norm1")(shortcut))
@@ -205,10 +216,72 @@ class Block(nn.Module):
                 shortcut = layers.max_pool(project(x)) if self.pool else project(x)
         shape = (self.width, self.heads, self.window, self.pool, self.dtype, self.kernels)
         attend = WindowAttention(*shape, name="attn")
-        x = rows(shortcut + attend(x))
-        y = rows(layers.LayerNorm(self.dtype, name="norm2")(x))
-        hidden = (self.mlp_ratio * self.width, self.width)
-        return x + layers.MLP(hidden, layers.gelu, self.dtype, name="mlp")(y)
+        return rows(shortcut + attend(x))
+
+    def _is_global(self, shape: tuple[int, ...]) -> bool:
+        """Whether it attends everywhere, with kernels for the projections."""
+        if not self.kernels or self.pool or self.window or shape[-1] != self.width:
+            return False
+        return projection_kernel.suits(shape[1] * shape[2], self.width, 3 * self.width)
+
+    def _attend_everywhere(self, x_BHWC: Array) -> Array:
+        b, height, width, channels = x_BHWC.shape
+        norm = mlp.Norm(name="norm1")(channels)
+        kernel, bias, *behind = _Around(channels, name="attn")(channels)
+        ones = jnp.ones((2 * channels,))
+        scale = jnp.concatenate([ones[:channels] * (channels // self.heads) ** -0.5, ones])
+        weights = Weights(layers.scale_by(kernel, scale), bias * scale, *norm)
+        form = Form(results=3, heads=self.heads, through=True, epsilon=EPSILON)
+        tokens = layers.in_rows(x_BHWC).reshape(1, b, height * width, channels)
+        q, k, v, shortcut = project(tokens, weights, None, None, form)
+        y = large_attention(q, k, v, kernels=True)
+        return project(y, Weights(*behind), None, shortcut[0], Form())[0].reshape(x_BHWC.shape)
+
+    def _is_one_kernel(self, shape: tuple[int, ...]) -> bool:
+        """Whether norm, projections and attention are one kernel."""
+        if not self.kernels or not self.window or self.pool == (shape[-1] == self.width):
+            return False
+        tokens = _group_size(shape, self.window, self.pool) * self.window**2
+        return window_block_kernel.suits(tokens, self.width, self.pool)
+
+    def _attend_in_one_kernel(self, x_BHWC: Array) -> Array:
+        _, height, width, channels = x_BHWC.shape
+        norm = mlp.Norm(name="norm1")(channels)
+        around = _Around(self.width, name="attn")(channels)
+        # A stage's first block projects the *normalised* tokens, unlike a plain residual.
+        short = Projection(self.width, name="proj")(channels) if self.pool else ()
+        weights = window_block_kernel.Weights(*norm, *around, *short)
+        rows, group = _windows_in_rows(layers.in_rows(x_BHWC), self.window, self.pool)
+        down, across = (layers.padded_size(n, self.window) // self.window for n in (height, width))
+        form = window_block_kernel.Form(
+            self.window, group, down, across // group, height, width, self.heads, EPSILON, self.pool
+        )
+        y = checkpoint_name(window_block_kernel.attend(rows, weights, form), ATTENDED)
+        half = 2 if self.pool else 1
+        y = y.reshape(-1, self.window // half, group * self.window // half, self.width)
+        return layers.in_rows(layers.window_merge(y, height // half, width // half))
+
+
+class _Around(nn.Module):
+    """Parameters of the projections before and behind attention, to `features` channels."""
+
+    features: int
+
+    @nn.compact
+    def __call__(self, channels: int) -> tuple[Array, ...]:
+        before = Projection(3 * self.features, name="qkv")(channels)
+        return *before, *Projection(self.features, name="proj")(self.features)
+
+
+class _Hidden(nn.Module):
+    """Parameters of two linear layers, to `features` channels and back."""
+
+    features: int
+
+    @nn.compact
+    def __call__(self, channels: int) -> tuple[Array, ...]:
+        first = Projection(self.features, name="layers_0")(channels)
+        return *first, *Projection(channels, name="layers_1")(self.features)
 
 
 class PatchEmbed(nn.Module):

@@ -31,9 +31,15 @@ def _normal_cdf(x: Array) -> Array:
 @gelu.defjvp
 def _gelu_jvp(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, Array]:
     (x,), (dx,) = primals, tangents
+    y, slope = gelu_and_slope(x)
+    return y, dx * slope
+
+
+def gelu_and_slope(x: Float[Array, "..."]) -> tuple[Float[Array, "..."], Float[Array, "..."]]:
+    """Return GELU and its derivative."""
     cdf = _normal_cdf(x)
     density = jnp.exp(-0.5 * x * x) * (1 / math.sqrt(2 * math.pi))
-    return x * cdf, dx * (cdf + x * density)
+    return x * cdf, cdf + x * density
 
 
 def split_heads(x: Float[Array, "... C"], heads: int) -> Float[Array, "... heads d"]:

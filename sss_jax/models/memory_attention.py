@@ -10,12 +10,10 @@ import functools
 from typing import NamedTuple
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
-import numpy as np
 
 from sss_jax.axes import Array, Bool, Float
-from sss_jax.models import layers, position, repeats
+from sss_jax.models import layers, memory_layer, mlp, position, repeats
 from sss_jax.models.attention import KEEPS, large_attention
 from sss_jax.models.initial import initialiser
 from sss_jax.models.presets import Sam2Config
@@ -24,7 +22,7 @@ EPSILON = 1e-5
 POSITION_SHARE = 0.1
 """Weight of the positional encoding that is added to the features."""
 
-Rotation = tuple[np.ndarray, np.ndarray]
+Rotation = tuple[Float[Array, "P half"], Float[Array, "P half"]]
 
 
 class MemoryKeys(NamedTuple):
@@ -62,10 +60,16 @@ class RotaryDense(nn.Module):
         """Apply to the last axis."""
         kernel = self.param("kernel", initialiser("kernel"), (x.shape[-1], self.features))
         bias = self.param("bias", initialiser("bias"), (self.features,))
-        halves = jnp.concatenate([kernel[:, ::2], kernel[:, 1::2]], axis=1)
-        shift = jnp.concatenate([bias[::2], bias[1::2]])
-        x, halves, shift = (a.astype(self.dtype) for a in (x, halves, shift))
+        x, halves, shift = (a.astype(self.dtype) for a in (x, *in_halves(kernel, bias)))
         return layers.add_bias(layers.linear(x, halves), shift)
+
+
+def in_halves(
+    kernel: Float[Array, "C E"], bias: Float[Array, " E"]
+) -> tuple[Float[Array, "C E"], Float[Array, " E"]]:
+    """Put a projection's even channels before its odd ones."""
+    halves = jnp.concatenate([kernel[:, ::2], kernel[:, 1::2]], axis=1)
+    return halves, jnp.concatenate([bias[::2], bias[1::2]])
 
 
 class RotaryAttention(nn.Module):
@@ -118,6 +122,15 @@ def _rotate_keys(k_BKND: Array, table: Rotation, rotated: int) -> Array:
     return jnp.concatenate([turned, k_BKND[:, :, rotated:]], axis=2)
 
 
+def _whole_blocks(memory: MemoryKeys) -> MemoryKeys:
+    """Add keys that are switched off, once for all layers."""
+    more = memory_layer.missing(memory.key_BKNM.shape[2])
+    pad = lambda a: jnp.pad(a, [(0, more if axis == 2 else 0) for axis in range(a.ndim)])  # noqa: E731
+    arrays = (memory.value_BKNM, memory.key_BKNM, memory.valid_BKN)
+    value, key, valid = (pad(a) for a in arrays)
+    return MemoryKeys(value, key, valid, memory.spatial)
+
+
 class MemoryAttentionLayer(nn.Module):
     """Self-attention, attention to the memory, MLP; each pre-norm and residual.
 
@@ -132,6 +145,19 @@ class MemoryAttentionLayer(nn.Module):
         self, x: Float[Array, "B J P D"], memory: MemoryKeys, table: Rotation
     ) -> Float[Array, "B K P D"]:
         """Return the features of each object."""
+        c = self.config
+        if c.kernels and memory_layer.suits(x.shape[2], c.width, memory.key_BKNM.shape[2]):
+            x = self._attend_in_kernels(x, memory, table)
+        else:
+            x = self._attend(x, memory, table)
+        weights = mlp.Weights(
+            *mlp.Norm(name="norm3")(c.width),
+            *mlp.Projection(c.memory_mlp, name="linear1")(c.width),
+            *mlp.Projection(c.width, name="linear2")(c.memory_mlp),
+        )
+        return mlp.transform(x, weights, mlp.RELU, EPSILON, shortcut=True, kernels=c.kernels)
+
+    def _attend(self, x: Array, memory: MemoryKeys, table: Rotation) -> Array:
         c = self.config
         dtype = c.compute_dtype
 
@@ -151,9 +177,42 @@ class MemoryAttentionLayer(nn.Module):
             memory.valid_BKN,
             memory.spatial,
         )
-        x = x + look
-        y = layers.Dense(c.memory_mlp, dtype, name="linear1")(norm("norm3")(x))
-        return x + layers.Dense(c.width, dtype, name="linear2")(jax.nn.relu(y))
+        return x + look
+
+    def _attend_in_kernels(self, x: Array, memory: MemoryKeys, table: Rotation) -> Array:
+        """The same for TPUs: projections with norm, rotation and shortcut in one kernel each."""
+        c = self.config
+        own = _Around(c.width, name="self_attn")(c.width)
+        x = memory_layer.look_at_itself(x, own, mlp.Norm(name="norm1")(c.width), table, EPSILON)
+        look = _Around(c.width, name="cross_attn_image")(c.memory_width)
+        norm, tables = mlp.Norm(name="norm2")(c.width), (table, _turn_keys(memory, table))
+        kept = (memory.key_BKNM, memory.value_BKNM, memory.valid_BKN)
+        return memory_layer.look_at_memory(x, *kept, look, norm, tables, EPSILON)
+
+
+def _turn_keys(memory: MemoryKeys, table: Rotation) -> Rotation:
+    """Angles of keys: those on the grid as the grid's, no turn for the others."""
+    others = memory.key_BKNM.shape[2] - memory.spatial
+    tiles = memory.spatial // len(table[0])
+    cos, sin = (jnp.tile(a, (tiles, 1)) for a in table)
+    rest = (others, cos.shape[1])
+    return jnp.concatenate([cos, jnp.ones(rest)]), jnp.concatenate([sin, jnp.zeros(rest)])
+
+
+class _Around(nn.Module):
+    """Parameters of the projections around attention to keys of so many channels."""
+
+    width: int
+
+    @nn.compact
+    def __call__(self, channels: int) -> memory_layer.Around:
+        width = self.width
+        q = in_halves(*mlp.Projection(width, name="q_proj")(width))
+        k = in_halves(*mlp.Projection(width, name="k_proj")(channels))
+        v = mlp.Projection(width, name="v_proj")(channels)
+        scaled = (q[0] * width**-0.5, q[1] * width**-0.5)
+        out = mlp.Projection(width, name="out_proj")(width)
+        return memory_layer.Around(scaled, k, v, out)
 
 
 class MemoryAttention(nn.Module):
@@ -179,7 +238,9 @@ class MemoryAttention(nn.Module):
         b, h, w, d = coarse_BHWD.shape
         place = jnp.asarray(position.sine_position(h, w, d), coarse_BHWD.dtype)
         x = coarse_BHWD.reshape(b, 1, h * w, d) + POSITION_SHARE * place[None, None]
-        table = position.rotation(h, w, d)
+        cos, sin = position.rotation(h, w, d)
+        table = jnp.asarray(cos), jnp.asarray(sin)
+        memory = _whole_blocks(memory) if c.kernels else memory
         keeps = KEEPS["attention" if c.remat_keeps == "nothing" else c.remat_keeps]
         make = functools.partial(MemoryAttentionLayer, c)
         # The first layer gives every object features of its own; the others are alike.

@@ -9,7 +9,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 
 from sss_jax.axes import Array, Float
-from sss_jax.models import convolution, layers, phases
+from sss_jax.models import convolution, layers, mlp, phases
 from sss_jax.models.initial import initialiser
 from sss_jax.models.presets import FUSER_KERNEL, FUSER_LAYERS, Sam2Config
 
@@ -93,20 +93,25 @@ class FuserBlock(nn.Module):
 
     Attributes:
         dtype: computation type.
+        kernels: compute the MLP by the kernels that only TPUs run.
     """
 
     dtype: jnp.dtype
+    kernels: bool = False
 
     @nn.compact
     def __call__(self, x_NHWC: Float[Array, "N H W C"]) -> Float[Array, "N H W C"]:
         """Add what the block computes."""
         width = x_NHWC.shape[-1]
-        gamma = self.param("gamma", initialiser("gamma"), (width,)).astype(self.dtype)
+        gamma = self.param("gamma", initialiser("gamma"), (width,))
         y = DepthwiseConv(self.dtype, name="dwconv")(x_NHWC)
-        y = layers.LayerNorm(self.dtype, name="norm")(y)
-        y = layers.gelu(layers.Dense(4 * width, self.dtype, name="pwconv1")(y))
-        y = layers.Dense(width, self.dtype, name="pwconv2")(y)
-        return x_NHWC + layers.scale_by(y, gamma)
+        norm = mlp.Norm(name="norm")(width)
+        first = mlp.Projection(4 * width, name="pwconv1")(width)
+        second = mlp.Projection(width, name="pwconv2")(4 * width)
+        # The layer scale goes into the small matrix instead of over every token.
+        weights = mlp.Weights(*norm, *first, *(layers.scale_by(a, gamma) for a in second))
+        y = mlp.transform(y, weights, mlp.GELU, shortcut=False, kernels=self.kernels)
+        return x_NHWC + y
 
 
 class Fuser(nn.Module):
@@ -114,15 +119,17 @@ class Fuser(nn.Module):
 
     Attributes:
         dtype: computation type.
+        kernels: as for `FuserBlock`.
     """
 
     dtype: jnp.dtype
+    kernels: bool = False
 
     @nn.compact
     def __call__(self, x_NHWC: Float[Array, "N H W C"]) -> Float[Array, "N H W C"]:
         """Mix features and mask."""
         for i in range(FUSER_LAYERS):
-            x_NHWC = FuserBlock(self.dtype, name=f"layers_{i}")(x_NHWC)
+            x_NHWC = FuserBlock(self.dtype, self.kernels, name=f"layers_{i}")(x_NHWC)
         return x_NHWC
 
 
@@ -152,6 +159,6 @@ class MemoryEncoder(nn.Module):
         seen = MaskDownsampler(c, name="mask_downsampler")(mask)
         pixels = layers.Conv(c.width, 1, c.compute_dtype, name="pix_feat_proj")(coarse_BHWD)
         x = pixels[:, None] + seen.reshape(b, k, *seen.shape[1:])
-        x = Fuser(c.compute_dtype, name="fuser")(x.reshape(seen.shape))
+        x = Fuser(c.compute_dtype, c.kernels, name="fuser")(x.reshape(seen.shape))
         x = layers.Conv(c.memory_width, 1, c.compute_dtype, name="out_proj")(x)
         return x.reshape(b, k, *x.shape[1:])

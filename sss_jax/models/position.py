@@ -103,7 +103,7 @@ def rotation(height: int, width: int, channels: int) -> tuple[np.ndarray, np.nda
 
 
 def rotate(
-    x: Float[Array, "... P D"], table: tuple[np.ndarray, np.ndarray]
+    x: Float[Array, "... P D"], table: tuple[Array | np.ndarray, Array | np.ndarray]
 ) -> Float[Array, "... P D"]:
     """Turn every pair (channel i, channel i + D / 2) by the angle of its position, in float32."""
     # Widened and narrowed half by half: as a whole, TPUs wrote the wide array to memory.

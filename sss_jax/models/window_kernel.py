@@ -135,13 +135,13 @@ def group_of_windows(windows: int, queries: int, tokens: int) -> int:
 def _forward(*refs: Ref, heads: int, windows: int) -> None:
     *projections, out_ref = refs
     q_ref, kv_ref = projections[0], projections[-1]
-    bias = _others_off(q_ref.shape[1], kv_ref.shape[1], windows)
+    bias = others_off(q_ref.shape[1], kv_ref.shape[1], windows)
 
     def window(i: int, _: None) -> None:
         for head in range(heads):
-            of_q, of_k, of_v = _channels(head, heads, out_ref.shape[-1], kv_ref.shape[-1])
+            of_q, of_k, of_v = channels_of(head, heads, out_ref.shape[-1], kv_ref.shape[-1])
             q, k, v = q_ref[i, :, of_q], kv_ref[i, :, of_k], kv_ref[i, :, of_v]
-            weights = _weights(q, k, bias)
+            weights = softmax(q, k, bias)
             out_ref[i, :, of_q] = product(weights.astype(v.dtype), v, NN).astype(out_ref.dtype)
 
     jax.lax.fori_loop(0, q_ref.shape[0], window, None)
@@ -151,13 +151,13 @@ def _backward(*refs: Ref, heads: int, windows: int) -> None:
     count = len(refs) // 2
     projections, bar_ref, bars = refs[:count], refs[count], refs[count + 1 :]
     q_ref, kv_ref, q_bar_ref, kv_bar_ref = projections[0], projections[-1], bars[0], bars[-1]
-    bias = _others_off(q_ref.shape[1], kv_ref.shape[1], windows)
+    bias = others_off(q_ref.shape[1], kv_ref.shape[1], windows)
 
     def window(i: int, _: None) -> None:
         for head in range(heads):
-            of_q, of_k, of_v = _channels(head, heads, bar_ref.shape[-1], kv_ref.shape[-1])
+            of_q, of_k, of_v = channels_of(head, heads, bar_ref.shape[-1], kv_ref.shape[-1])
             q, k, v = q_ref[i, :, of_q], kv_ref[i, :, of_k], kv_ref[i, :, of_v]
-            weights, bar = _weights(q, k, bias), bar_ref[i, :, of_q]
+            weights, bar = softmax(q, k, bias), bar_ref[i, :, of_q]
             lean = product(bar, v, NT)
             lean = weights * (lean - jnp.sum(weights * lean, axis=1, keepdims=True))
             logits_bar = (lean * q.shape[-1] ** -0.5).astype(q.dtype)
@@ -169,7 +169,7 @@ def _backward(*refs: Ref, heads: int, windows: int) -> None:
     jax.lax.fori_loop(0, q_ref.shape[0], window, None)
 
 
-def _channels(head: int, heads: int, width: int, held: int) -> tuple[Any, Any, Any]:
+def channels_of(head: int, heads: int, width: int, held: int) -> tuple[Any, Any, Any]:
     """Where queries, keys and values of a head lie; keys and values end the `held` channels."""
     d = width // heads
     first = held - 2 * width
@@ -177,14 +177,15 @@ def _channels(head: int, heads: int, width: int, held: int) -> tuple[Any, Any, A
     return of_q, of_k, of_v
 
 
-def _weights(q: Array, k: Array, bias: Array | None) -> Array:
+def softmax(q: Array, k: Array, bias: Array | None) -> Array:
+    """Attention weights of the queries, [N, T], float32; `bias` is added to the logits."""
     logits = product(q, k, NT) * q.shape[-1] ** -0.5
     logits = logits if bias is None else logits + bias
     weights = jnp.exp(logits - logits.max(axis=1, keepdims=True))
     return weights / weights.sum(axis=1, keepdims=True)
 
 
-def _others_off(queries: int, keys: int, windows: int) -> Array | None:
+def others_off(queries: int, keys: int, windows: int) -> Array | None:
     """Added to the logits of a group: 0 inside a window; None where the group is one window."""
     if windows == 1:
         return None

@@ -16,6 +16,7 @@ from sss_jax.models import (
     layers,
     memory_attention,
     memory_encoder,
+    mlp,
     position,
     sam2,
     transformer,
@@ -138,6 +139,7 @@ def sine_positions_transposed(patch):
 
 def tanh_gelu(patch):
     patch.setattr(layers, "gelu", jax.nn.gelu)
+    patch.setattr(mlp, "GELU", mlp.GELU._replace(apply=jax.nn.gelu))
 
 
 def gelu_for_relu(patch):

@@ -59,7 +59,7 @@ def test_convolving_phases_is_a_convolution_with_stride_two(count):
         np.testing.assert_allclose(one, other, atol=2e-5)
 
 
-def test_memories_are_the_same_on_tpus_as_elsewhere():
+def test_memories_are_the_same_on_tpus_as_elsewhere(interpreted):
     """One object's mask is remembered as it is, the other's thresholded."""
     elsewhere = Sam2(TRACKING_CONFIG)
     on_tpus = elsewhere.clone(config=dataclasses.replace(TRACKING_CONFIG, kernels=True))

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sss_jax.models import hiera, layers, window_kernel
+from sss_jax.models import hiera, layers, window_block_kernel, window_kernel
 from sss_jax.models.window_kernel import attend, group_of_windows
 
 
@@ -98,10 +98,12 @@ def test_blocks_hold_whole_windows_whose_corners_can_come_first():
 
 
 @pytest.mark.parametrize(("side", "pool"), [(8, True), (10, True), (10, False)])
-def test_a_block_is_the_same_on_tpus_as_elsewhere(monkeypatch, side, pool):
-    """Windows that fit and that overhang: padding before the projection, or after it."""
-    here = lambda x, heads, windows, interpret=True: attend(x, heads, windows, True)  # noqa: E731
-    monkeypatch.setattr(window_kernel, "attend", here)
+def test_a_block_is_the_same_on_tpus_as_elsewhere(monkeypatch, interpreted, side, pool):
+    """Windows that fit and that overhang: padding before the projection, or after it.
+
+    Blocks whose projections do not fit into one kernel with attention.
+    """
+    monkeypatch.setattr(window_block_kernel, "suits", lambda *size: False)
     plain = hiera.Block(8, 2, 4, pool, 2, jnp.float32)
     x = normal(0, 2, side, side + 4, 4 if pool else 8)
     params = jax.tree.map(lambda x: normal(1, *x.shape), plain.init(jax.random.key(0), x))
@@ -114,3 +116,4 @@ def test_a_block_is_the_same_on_tpus_as_elsewhere(monkeypatch, side, pool):
         gradient(weight),
         by_autodiff(weight),
     )
+    assert "window_attention_backward" in interpreted
