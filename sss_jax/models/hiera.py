@@ -222,7 +222,7 @@ class Block(nn.Module):
         """Whether it attends everywhere, with kernels for the projections."""
         if not self.kernels or self.pool or self.window or shape[-1] != self.width:
             return False
-        return projection_kernel.suits(shape[1] * shape[2], self.width, 3 * self.width)
+        return projection_kernel.suits(shape[1] * shape[2], self.width, 3 * self.width, self.dtype)
 
     def _attend_everywhere(self, x_BHWC: Array) -> Array:
         b, height, width, channels = x_BHWC.shape
@@ -242,7 +242,7 @@ class Block(nn.Module):
         if not self.kernels or not self.window or self.pool == (shape[-1] == self.width):
             return False
         tokens = _group_size(shape, self.window, self.pool) * self.window**2
-        return window_block_kernel.suits(tokens, self.width, self.pool)
+        return window_block_kernel.suits(tokens, self.width, self.pool, self.dtype)
 
     def _attend_in_one_kernel(self, x_BHWC: Array) -> Array:
         _, height, width, channels = x_BHWC.shape

@@ -146,7 +146,8 @@ class MemoryAttentionLayer(nn.Module):
     ) -> Float[Array, "B K P D"]:
         """Return the features of each object."""
         c = self.config
-        if c.kernels and memory_layer.suits(x.shape[2], c.width, memory.key_BKNM.shape[2]):
+        size = (x.shape[2], c.width, memory.key_BKNM.shape[2], c.compute_dtype)
+        if c.kernels and memory_layer.suits(*size):
             x = self._attend_in_kernels(x, memory, table)
         else:
             x = self._attend(x, memory, table)

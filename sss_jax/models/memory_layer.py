@@ -36,10 +36,10 @@ class Around(NamedTuple):
     out: Linear
 
 
-def suits(positions: int, width: int, keys: int) -> bool:
+def suits(positions: int, width: int, keys: int, dtype: jnp.dtype) -> bool:
     """Whether the kernels take this many positions and remembered keys."""
     sizes = [(positions, width, 3 * width), (keys, width, width)]
-    return all(projection_kernel.suits(*size) for size in sizes)
+    return all(projection_kernel.suits(*size, dtype) for size in sizes)
 
 
 def missing(keys: int) -> int:

@@ -78,7 +78,7 @@ def transform(
         shortcut: add the tokens to the result.
         kernels: by the kernels that only TPUs run, where they suit.
     """
-    size = x.size // x.shape[-1], x.shape[-1], weights.first_bias_H.size
+    size = x.size // x.shape[-1], x.shape[-1], weights.first_bias_H.size, x.dtype
     if kernels and mlp_kernel.suits(*size):
         form = mlp_kernel.Form(activation.with_slope, epsilon, shortcut)
         rows = layers.in_rows(x.reshape(-1, x.shape[-1]))

@@ -70,9 +70,9 @@ class _Cut(NamedTuple):
     hidden: int
 
 
-def suits(tokens: int, width: int, hidden: int) -> bool:
+def suits(tokens: int, width: int, hidden: int, dtype: jnp.dtype) -> bool:
     """Whether tokens divide into blocks for all cores, and parameters and gradients fit a core."""
-    return tokens % (CORES * TILE) == 0 and _most_tokens(width, hidden) >= ROWS
+    return tokens % (CORES * TILE) == 0 and _most_tokens(width, hidden, dtype) >= ROWS
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
@@ -91,7 +91,7 @@ def transform(
         interpret: run the kernels without a TPU.
     """
     (n, c), h = x_NC.shape, weights.first_bias_H.size
-    cut = _cut(n, c, h)
+    cut = _cut(n, c, h, x_NC.dtype)
     held = kernel_parts.held(weights, x_NC.dtype)
     tokens = pl.BlockSpec((cut.block, c), lambda i: (i, 0))
     y: Array = pl.pallas_call(
@@ -120,7 +120,7 @@ def _transform_backward(
 ) -> tuple[Array, Weights]:
     x, weights = kept
     (n, c), h = x.shape, weights.first_bias_H.size
-    cut = _cut(n, c, h)
+    cut = _cut(n, c, h, x.dtype)
     held = kernel_parts.held(weights, x.dtype)
     steps = n // cut.block // CORES
     tokens = pl.BlockSpec((cut.block, c), lambda p, i: (p * steps + i, 0))
@@ -143,22 +143,23 @@ def _transform_backward(
 transform.defvjp(_transform_forward, _transform_backward)
 
 
-def _cut(tokens: int, width: int, hidden: int) -> _Cut:
-    block, rows = kernel_parts.cut_tokens(tokens, _most_tokens(width, hidden), CORES)
+def _cut(tokens: int, width: int, hidden: int, dtype: jnp.dtype) -> _Cut:
+    block, rows = kernel_parts.cut_tokens(tokens, _most_tokens(width, hidden, dtype), CORES)
     whole = hidden % LANES or hidden <= HIDDEN
     lanes = hidden if whole else LANES * largest_divisor(hidden // LANES, HIDDEN // LANES)
     return _Cut(block, rows, lanes)
 
 
-def _most_tokens(width: int, hidden: int) -> int:
+def _most_tokens(width: int, hidden: int, dtype: jnp.dtype) -> int:
     """Tokens of a block beside which the backward kernel's parameters and gradients fit."""
     lanes = -(-width // LANES) * LANES
-    # Twice, because the next block comes while one is in work: two matrices of two bytes, their
-    # gradients of four; three arrays of tokens of two bytes (of four in float32).
-    weights = 2 * (2 + 4) * 2 * lanes * hidden
+    # Twice, because the next block comes while one is in work: two matrices, their gradients in
+    # float32, and three arrays of tokens.
+    itemsize = jnp.dtype(dtype).itemsize
+    weights = 2 * (itemsize + 4) * 2 * lanes * hidden
     work = ROWS * 4 * (8 * lanes + 8 * max(HIDDEN, LANES))
     free = CORE_MEMORY - weights - work
-    return max(0, min(BLOCK, free // (2 * 3 * 4 * lanes)))
+    return max(0, min(BLOCK, free // (2 * 3 * itemsize * lanes)))
 
 
 def _forward(

@@ -66,9 +66,9 @@ class _Cut(NamedTuple):
     added: bool
 
 
-def suits(tokens: int, channels: int, out: int) -> bool:
+def suits(tokens: int, channels: int, out: int, dtype: jnp.dtype) -> bool:
     """Whether tokens of a map divide into blocks for all cores, and parameters fit a core."""
-    held = 2 * (2 + 4) * channels * -(-out // LANES) * LANES
+    held = 2 * (jnp.dtype(dtype).itemsize + 4) * channels * -(-out // LANES) * LANES
     return tokens % (CORES * kernel_parts.TILE) == 0 and held <= CORE_MEMORY // 2
 
 

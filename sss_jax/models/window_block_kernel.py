@@ -85,12 +85,13 @@ class _Scratch(NamedTuple):
     pooled_bar: Ref
 
 
-def suits(tokens: int, channels: int, pool: bool) -> bool:
+def suits(tokens: int, channels: int, pool: bool, dtype: jnp.dtype) -> bool:
     """Whether parameters, gradients and a group of tokens fit a core; `channels` that go out.
 
     Where a group is pooled its corners must be whole tiles of tokens.
     """
-    fits = _held_bytes(tokens, channels) + 6 * _bytes(tokens, channels) <= CORE_MEMORY
+    size = (tokens, channels, jnp.dtype(dtype).itemsize)
+    fits = _held_bytes(*size) + 6 * _bytes(*size) <= CORE_MEMORY
     return fits and not (pool and tokens % (4 * window_kernel.TILE))
 
 
@@ -112,7 +113,7 @@ def attend(
         interpret: run the kernels without a TPU.
     """
     (g, n, _), width = x_GNC.shape, weights.proj_bias_D.size
-    count = _count(g, n, width)
+    count = _count(g, n, width, x_GNC.dtype)
     held = kernel_parts.held(weights, x_GNC.dtype)
     out = jax.ShapeDtypeStruct((g, n // 4 if form.pool else n, width), x_GNC.dtype)
     blocks = [pl.BlockSpec((count, *a.shape[1:]), lambda i: (i, 0, 0)) for a in (x_GNC, out)]
@@ -142,7 +143,7 @@ def _attend_backward(
 ) -> tuple[Array, Weights]:
     x, weights = kept
     g, n, _ = x.shape
-    count = _count(g, n, bar.shape[2])
+    count = _count(g, n, bar.shape[2], x.dtype)
     held = kernel_parts.held(weights, x.dtype)
     parts = CORES if g // count % CORES == 0 else 1
     steps = g // count // parts
@@ -168,21 +169,22 @@ def _attend_backward(
 attend.defvjp(_attend_forward, _attend_backward)
 
 
-def _bytes(tokens: int, channels: int) -> int:
-    """Bytes of a group of bfloat16 tokens in a core's memory."""
-    return 2 * -(-tokens // 16) * 16 * -(-channels // LANES) * LANES
+def _bytes(tokens: int, channels: int, itemsize: int) -> int:
+    """Bytes of a group of tokens in a core's memory."""
+    return itemsize * -(-tokens // 16) * 16 * -(-channels // LANES) * LANES
 
 
-def _held_bytes(tokens: int, channels: int) -> int:
+def _held_bytes(tokens: int, channels: int, itemsize: int) -> int:
     """Parameters and gradients, twice, and what is in work of one group, in float32."""
     lanes = -(-channels // LANES) * LANES
-    return 2 * (2 + 4) * 4 * channels * lanes + 4 * tokens * (16 * lanes + 6 * tokens)
+    return 2 * (itemsize + 4) * 4 * channels * lanes + 4 * tokens * (16 * lanes + 6 * tokens)
 
 
-def _count(groups: int, tokens: int, channels: int) -> int:
+def _count(groups: int, tokens: int, channels: int, dtype: jnp.dtype) -> int:
     """Groups that come from main memory at once."""
-    free = (CORE_MEMORY - _held_bytes(tokens, channels)) // 6
-    return largest_divisor(groups, min(free, BLOCK) // _bytes(tokens, channels))
+    size = (tokens, channels, jnp.dtype(dtype).itemsize)
+    free = (CORE_MEMORY - _held_bytes(*size)) // 6
+    return largest_divisor(groups, min(free, BLOCK) // _bytes(*size))
 
 
 def _scratch(tokens: int, out: Any) -> list[Any]:

@@ -65,9 +65,9 @@ def test_short_numbers_lose_no_more_than_the_plain_layers():
 
 
 def test_which_shapes_suit():
-    assert suits(49152, 384, 1536)
-    assert not suits(49152 + 16, 384, 1536)  # cores cannot share the tiles
-    assert not suits(49152, 1152, 4608)  # parameters and gradients fill the core
+    assert suits(49152, 384, 1536, jnp.bfloat16)
+    assert not suits(49152 + 16, 384, 1536, jnp.bfloat16)  # cores cannot share the tiles
+    assert not suits(49152, 1152, 4608, jnp.bfloat16)  # parameters and gradients fill the core
 
 
 def test_a_block_of_the_fuser_is_the_same_on_tpus_as_elsewhere(interpreted):

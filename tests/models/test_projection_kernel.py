@@ -72,9 +72,9 @@ def test_values_and_gradients_follow_the_plain_layers(monkeypatch, case, block):
 
 
 def test_which_shapes_suit():
-    assert suits(4096, 256, 768)
-    assert not suits(4096 + 16, 256, 768)  # cores cannot share the tiles
-    assert not suits(4096, 1152, 3456)  # parameters and gradients fill the core
+    assert suits(4096, 256, 768, jnp.bfloat16)
+    assert not suits(4096 + 16, 256, 768, jnp.bfloat16)  # cores cannot share the tiles
+    assert not suits(4096, 1152, 3456, jnp.bfloat16)  # parameters and gradients fill the core
 
 
 def test_a_global_block_is_the_same_on_tpus_as_elsewhere(interpreted):

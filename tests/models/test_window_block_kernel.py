@@ -48,7 +48,8 @@ def test_a_block_is_the_same_on_tpus_as_elsewhere(monkeypatch, interpreted, shap
 
 
 def test_which_shapes_suit():
-    assert suits(196, 768, False)
-    assert not suits(196, 1152, False)  # parameters and gradients fill the core
-    assert suits(128, 384, True)
-    assert not suits(196, 384, True)  # corners are no whole tiles
+    assert suits(196, 768, False, jnp.bfloat16)
+    assert not suits(196, 896, False, jnp.float32)  # parameters and gradients fill the core
+    assert not suits(196, 1152, False, jnp.bfloat16)  # parameters and gradients fill the core
+    assert suits(128, 384, True, jnp.bfloat16)
+    assert not suits(196, 384, True, jnp.bfloat16)  # corners are no whole tiles
