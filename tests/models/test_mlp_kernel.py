@@ -33,7 +33,7 @@ def both(x, weights, activation, shortcut):
     )
     bar = normal(99, *x.shape).astype(x.dtype)
     for function in (lambda x, w: here(x, w, form), plain):
-        y, pull = jax.vjp(function, x, weights)
+        y, pull = jax.vjp(jax.jit(function), x, weights)
         yield y, *jax.tree.leaves(pull(bar))
 
 
@@ -73,9 +73,10 @@ def test_which_shapes_suit():
 def test_a_block_of_the_fuser_is_the_same_on_tpus_as_elsewhere(interpreted):
     plain = memory_encoder.FuserBlock(jnp.float32)
     x = normal(0, 2, 8, 8, 32)
-    params = jax.tree.map(lambda x: normal(1, *x.shape) * 0.3, plain.init(jax.random.key(0), x))
-    expected, by_plain = jax.vjp(plain.apply, params, x)
-    found, by_kernels = jax.vjp(plain.clone(kernels=True).apply, params, x)
+    params = jax.eval_shape(plain.init, jax.random.key(0), x)
+    params = jax.tree.map(lambda x: normal(1, *x.shape) * 0.3, params)
+    expected, by_plain = jax.vjp(jax.jit(plain.apply), params, x)
+    found, by_kernels = jax.vjp(jax.jit(plain.clone(kernels=True).apply), params, x)
     np.testing.assert_allclose(found, expected, rtol=1e-3, atol=1e-3)
     bar = normal(3, *expected.shape)
     close = functools.partial(np.testing.assert_allclose, rtol=2e-3, atol=2e-3)
