@@ -364,10 +364,12 @@ def _inside(x_NC: Array, group: Array, form: Form) -> Array:
 
 
 def _places(row: Array, line: int, corners: int) -> tuple[Array, Array]:
-    """Row and column inside a group of so many columns; of so many tokens by corner, or of any."""
+    """Row and column inside a group of so many columns.
+
+    Of tokens by corner, of which there are `corners`, those of their cell: a map has even sides.
+    """
     over = lambda a, b: (jax.lax.div(a, jnp.int32(b)), jax.lax.rem(a, jnp.int32(b)))  # noqa: E731
     if not corners:
         return over(row, line)
-    corner, cell = over(row, corners // 4)
-    (below, right), (down, across) = over(corner, 2), over(cell, line // 2)
-    return 2 * down + below, 2 * across + right
+    down, across = over(jax.lax.rem(row, jnp.int32(corners // 4)), line // 2)
+    return 2 * down, 2 * across
