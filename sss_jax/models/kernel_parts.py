@@ -45,6 +45,9 @@ def sums_of(arrays: Iterable[Array], parts: int) -> list[jax.ShapeDtypeStruct]:
 def added_up(sums: Sequence[Array], weights: PyTree) -> PyTree:
     """Gradients of all parts, in the shapes of the parameters."""
     leaves, structure = jax.tree.flatten(weights)
+    # TPU's compiler would join a loop's stack of gradients with the kernel, and then grant it less
+    # memory than it asked for.
+    sums = jax.lax.optimization_barrier(tuple(sums))
     shaped = [a.sum(0).reshape(like.shape) for a, like in zip(sums, leaves, strict=True)]
     return jax.tree.unflatten(structure, shaped)
 

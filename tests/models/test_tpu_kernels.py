@@ -21,7 +21,7 @@ from sss_jax.models import (
     window_block_kernel,
     window_kernel,
 )
-from sss_jax.models.hiera import block_table
+from sss_jax.models.hiera import Hiera, block_table
 from sss_jax.models.presets import preset
 
 pytestmark = [
@@ -167,3 +167,21 @@ def test_projections(compile_for, case, dtype):
 
     text = compile_for(back, *((a.shape, a.dtype) for a in found), x, *weights)
     assert "projection_backward" in text
+
+
+def test_wide_blocks_as_a_loop(compile_for):
+    """The compiler must not join a kernel with the loop's stack of gradients: it overruns then."""
+    trunk = Hiera(preset("base_plus", 1024, "bfloat16", loop_blocks=True, kernels=True))
+    image = jnp.zeros((1, 1024, 1024, 3), jnp.bfloat16)
+    shapes = jax.eval_shape(trunk.init, jax.random.key(0), image)["params"]
+    leaves, structure = jax.tree.flatten(shapes)
+
+    def gradient(image, *leaves):
+        def total(params):
+            levels = trunk.apply({"params": params}, image)
+            return sum(level.astype(jnp.float32).sum() for level in levels)
+
+        return jax.grad(total)(jax.tree.unflatten(structure, leaves))
+
+    text = compile_for(gradient, (image.shape, image.dtype), *((x.shape, x.dtype) for x in leaves))
+    assert "window_block_backward" in text
