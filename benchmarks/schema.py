@@ -25,7 +25,7 @@ _SUMMARY = {"median", "low", "high"}
 # operations in the same time has not become slower.
 RATES = ("slices_per_s", "slices_per_cpu_s", "volumes_per_min")
 COUNTERS = ("flops", "gflop", "bytes", "gbytes", "mib", "fusions", "collectives")
-_NAMING = ("size", "clips", "threads", "seed", "labelled")
+_NAMING = ("size", "clips", "threads", "devices", "processes", "seed", "labelled")
 
 
 class Measure(NamedTuple):
