@@ -2,10 +2,10 @@
 
     python -m sss_jax.benchmarks.estimate_table -o FILE [--only base_plus/1024/v5e-16 ...]
 
-Every cell is `sss-jax estimate --quick` for one clip of each stream per device; cells that FILE
-holds already are not compiled again, so a table may be made over several sittings. The most
-clips that fit are foretold from two sizes (`--clips 1 2`), or from the temporaries of one. Needs
-libtpu.
+Every cell is `sss-jax estimate --quick` for one clip of each stream per device, recomputing no more
+than the chip's memory asks for (`settings_of`); `--set` changes that. Cells that FILE holds already
+are not compiled again, so a table may be made over several sittings. The most clips that fit are
+foretold from two sizes (`--clips 1 2`), or from the temporaries of one. Needs libtpu.
 """
 
 import argparse
@@ -16,19 +16,35 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from sss_jax import config, estimate
+from sss_jax import config, estimate, topology
 from sss_jax.benchmarks import result
 
-SETTINGS = (
+KEEP_ALL = (
+    "model.dtype=bfloat16",
+    "model.remat=false",
+    "model.loop_blocks=false",
+    "memory.remat=false",
+    "dfe.remat=false",
+)
+KEEP_TRUNK = (*KEEP_ALL[:3], "memory.remat=true", "memory.remat_keeps=attention", "dfe.remat=true")
+KEEP_INPUTS = (
     "model.dtype=bfloat16",
     "model.remat=true",
     "model.loop_blocks=true",
     "memory.remat=true",
     "dfe.remat=true",
 )
-PRESETS = ("tiny", "small", "base_plus", "large")
-SIZES = (1024, 512)
-TOPOLOGIES = ("v5e-16", "v5p-64", "v6e-256", "2xv5e-16")
+# What does not fit with everything kept; by network, pixels and chip.
+TIGHT = {
+    ("base_plus", "1024", "v5e"): KEEP_TRUNK,
+    ("large", "1024", "v5e"): KEEP_INPUTS,
+    ("large", "1024", "v6e"): KEEP_TRUNK,
+}
+AXES = (
+    ("tiny", "small", "base_plus", "large"),
+    (1024, 512),
+    ("v5e-16", "v5p-64", "v6e-256", "2xv5e-16"),
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -42,9 +58,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("-o", "--output", type=Path, required=True)
     args = parser.parse_args(argv)
     rows = result.rows_of(args.output)
-    every = ["/".join(map(str, c)) for c in itertools.product(PRESETS, SIZES, TOPOLOGIES)]
-    settings = [*SETTINGS, *args.set]
+    every = ["/".join(map(str, c)) for c in itertools.product(*AXES)]
     for cell, clips in itertools.product(args.only or every, args.clips):
+        settings = [*settings_of(cell), *args.set]
         wanted = {"cell": cell, "clips": clips, "quick": not args.full, "settings": settings}
         if result.holds(rows, wanted):
             continue
@@ -55,15 +71,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
+def settings_of(cell: str) -> tuple[str, ...]:
+    """Return what a cell keeps for its backward pass: all where that fits."""
+    preset, size, machines = cell.split("/")
+    return TIGHT.get((preset, size, topology.parse(machines).chip.name), KEEP_ALL)
+
+
 def compile_cell(
     name: str, settings: Sequence[str], cell: str, clips: int, quick: bool
 ) -> dict[str, Any]:
     """Estimate one cell; what the page needs of it."""
-    preset, size, topology = cell.split("/")
+    preset, size, machines = cell.split("/")
     own = [f"model.preset={preset}", f"model.image_size={size}"]
     options = config.load(name, [*settings, *own])
     say = lambda line: print(f"{cell}: {line}", file=sys.stderr, flush=True)  # noqa: E731
-    found = estimate.estimate(options, topology, clips=clips, quick=quick, report=say)
+    found = estimate.estimate(options, machines, clips=clips, quick=quick, report=say)
     values = found.to_json()
     values.pop("clips")
     return values
@@ -95,10 +117,10 @@ def render(rows: Sequence[dict[str, Any]]) -> str:
         "| --- " * 12 + "|",
     ]
     for row in rows:
-        preset, size, topology = row["cell"].split("/")
+        preset, size, machines = row["cell"].split("/")
         memory, time = row["memory"], row["projection"]
         held = f"{memory['total'] / 2**30:.1f} of {memory['capacity'] / 2**30:.1f}"
-        cells = [preset, size, topology, str(row["clips"]), held]
+        cells = [preset, size, machines, str(row["clips"]), held]
         cells += ["yes" if memory["fits"] else "no", str(most_clips(rows, row))]
         if time:
             cells += [f"{time['step'] * 1e3:.0f}", f"{time['slices_per_s']:.0f}"]
