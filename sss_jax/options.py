@@ -48,7 +48,7 @@ class ModelOptions:
     loop_blocks: bool = option(False, "equal layers as a loop, which compiles sooner")
     kernels: str = option(
         "auto",
-        "attention as kernels of our own, for TPUs; auto: there, where mesh.context is 1",
+        "layers as kernels of our own, for TPUs; auto: there, where mesh.context is 1",
         choices=("auto", "on", "off"),
     )
     init: str = option("", "folder of converted SAM-2 weights to start from; empty: random")

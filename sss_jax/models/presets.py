@@ -21,7 +21,7 @@ class Sam2Config:
         remat_keeps: what is kept of a block all the same, a key of `attention.KEEPS`; of a layer of
             memory attention at least the attention.
         loop_blocks: equal layers as a loop, which compiles sooner.
-        kernels: attention as kernels that only TPUs run.
+        kernels: whole layers as kernels that only TPUs run.
         stem_kernel: side of the patch convolution.
         stem_stride: its stride, which is the stride of the finest level.
         embed_dim: width of stage 1; every later stage doubles it.

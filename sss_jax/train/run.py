@@ -26,6 +26,8 @@ _FREE = (
     "memory.remat",
     "memory.remat_keeps",
     "memory.unroll",
+    "model.kernels",
+    "model.loop_blocks",
     "model.remat",
     "model.remat_keeps",
     "train.log_every",
@@ -73,8 +75,11 @@ def identity(options: Options, split: Split) -> dict[str, Any]:
             flat |= {f"{group}.{name}": value for name, value in values.items()}
         else:
             flat[group] = values
-    kept = {k: v for k, v in flat.items() if k not in _FREE and not k.startswith(_FREE_GROUPS)}
-    return json.loads(json.dumps(kept))
+    return json.loads(json.dumps(_without_free(flat)))
+
+
+def _without_free(flat: dict[str, Any]) -> dict[str, Any]:
+    return {k: v for k, v in flat.items() if k not in _FREE and not k.startswith(_FREE_GROUPS)}
 
 
 def open_folder(workdir: Path, options: Options, split: Split, data: str, *, fresh: bool) -> None:
@@ -93,7 +98,8 @@ def open_folder(workdir: Path, options: Options, split: Split, data: str, *, fre
     now = identity(options, split)
     if known.is_file():
         # Options that are newer than the run had their defaults when it began.
-        begun = identity(Options(), split) | json.loads(known.read_text())["identity"]
+        saved = json.loads(known.read_text())["identity"]
+        begun = identity(Options(), split) | _without_free(saved)
         check_identity(begun, now)
     elif (workdir / "checkpoints").exists():
         raise ConfigError(f"{workdir} has checkpoints but no run.json; choose another --workdir")

@@ -45,3 +45,10 @@ def test_the_mesh_may_change(folder):
     workdir, _, split = folder
     other = config.load("demo:supervised", ["mesh.fsdp=4", "mesh.context=2", "train.log_every=3"])
     run.open_folder(workdir, other, split, "data", fresh=False)
+
+
+def test_how_the_step_is_computed_may_change(folder):
+    workdir, _, split = folder
+    change(workdir, **{"model.loop_blocks": False})  # older versions asked for the same
+    ways = ["model.remat=true", "model.loop_blocks=true", "model.kernels=off", "memory.unroll=on"]
+    run.open_folder(workdir, config.load("demo:supervised", ways), split, "data", fresh=False)
