@@ -37,7 +37,7 @@ KEEP_INPUTS = (
 # What does not fit with everything kept; by network, pixels and chip.
 TIGHT = {
     ("base_plus", "1024", "v5e"): KEEP_TRUNK,
-    ("large", "1024", "v5e"): KEEP_INPUTS,
+    ("large", "1024", "v5e"): (*KEEP_INPUTS, "mesh.fsdp=16"),
     ("large", "1024", "v6e"): KEEP_TRUNK,
 }
 AXES = (

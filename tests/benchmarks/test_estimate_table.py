@@ -18,6 +18,7 @@ def test_a_cell_has_settings_that_the_configuration_takes(cell):
 
 def test_what_does_not_fit_is_computed_again():
     assert "model.remat=true" in table.settings_of("large/1024/2xv5e-16")
+    assert "mesh.fsdp=16" in table.settings_of("large/1024/v5e-16")
     assert "model.remat=false" in table.settings_of("large/512/2xv5e-16")
     assert "memory.remat=true" in table.settings_of("base_plus/1024/v5e-16")
     assert "memory.remat=false" in table.settings_of("base_plus/1024/v5p-64")
