@@ -110,12 +110,12 @@ class Program:
             yield from computation
 
     def collectives(self) -> list[Collective]:
-        """Return every exchange between devices."""
+        """Return every exchange between devices; a device alone in its group exchanges nothing."""
         found = []
         for part in self._parts(self._entry):
             for instruction in part.instructions:
                 kind = instruction.opcode.removesuffix("-start")
-                if kind in KINDS:
+                if kind in KINDS and instruction.group != 1:
                     facts = _moved(instruction), part.times, part.exact
                     found.append(Collective(kind, *facts, instruction.source))
         return found

@@ -21,6 +21,7 @@ _CALLED = re.compile(
 _TURNS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
 _NUMBER = re.compile(r"(\d+)\)")
 _OPERAND = re.compile(r"%([\w.\-]+)")
+_GROUPS = re.compile(r"replica_groups=(?:\{(\{[\d,{}]+\})\}|\[([\d,]+)\]<=)")
 _SOURCE = re.compile(r'op_name="([^"]*)"')
 
 
@@ -62,6 +63,17 @@ class Instruction:
         """Names of the computations that it runs."""
         groups = _CALLED.findall(self.rest)
         return [name for group in groups for name in re.findall(r"[\w.\-]+", group)]
+
+    @property
+    def group(self) -> int | None:
+        """How many devices exchange with each other; None where the line does not say."""
+        found = _GROUPS.search(self.rest)
+        if not found:
+            return None
+        listed, shape = found.groups()
+        if shape:  # so many groups, each of so many
+            return int(shape.rpartition(",")[2])
+        return max(one.count(",") + 1 for one in listed.strip("{}").split("},{"))
 
     @property
     def turns(self) -> int | None:

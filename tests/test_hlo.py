@@ -8,7 +8,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from sss_jax.hlo import Program
-from sss_jax.hlo_text import main_memory, nbytes
+from sss_jax.hlo_text import Instruction, main_memory, nbytes
 
 MESH = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
 SPLIT = NamedSharding(MESH, P("data"))
@@ -188,6 +188,34 @@ def test_a_compiled_program_with_a_loop():
     assert found.nbytes == 2 * 4 * 4
     assert found.times in (1, 6), "once in the text, or as often as the loop runs"
     assert found.exact == (found.times == 6)
+
+
+@pytest.mark.parametrize(
+    ("groups", "size"),
+    [
+        ("replica_groups={{0},{1},{2}}, to_apply=%add", 1),
+        ("replica_groups={{0,1},{2,3}}, to_apply=%add", 2),
+        ("replica_groups={{0,1,2,3}}", 4),
+        ("replica_groups=[8,1]<=[8], use_global_device_ids=true", 1),
+        ("replica_groups=[2,4]<=[4,2]T(1,0), dimensions={0}", 4),
+        ("replica_groups={}, to_apply=%add", None),
+        ("source_target_pairs={{0,1},{1,0}}", None),
+    ],
+)
+def test_how_many_exchange_with_each_other(groups, size):
+    line = Instruction("x", "f32[4]", "all-reduce", f"%y), channel_id=1, {groups}")
+    assert line.group == size
+
+
+@pytest.mark.parametrize("devices", [1, 2])
+def test_a_sum_over_one_device_is_no_exchange(devices):
+    auto = (jax.sharding.AxisType.Auto,) * 2
+    mesh = jax.make_mesh((8 // devices, devices), ("others", "mine"), axis_types=auto)
+    sum_up = jax.shard_map(
+        lambda x: jax.lax.psum(x, "mine"), mesh=mesh, in_specs=P("others"), out_specs=P("others")
+    )
+    program = compiled(sum_up, jnp.ones((8, 4)), shardings=NamedSharding(mesh, P("others")))
+    assert len(program.collectives()) == (devices > 1)
 
 
 def test_callbacks_and_types_are_seen():
