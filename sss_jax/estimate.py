@@ -156,10 +156,9 @@ def _counted(
     """What needs no compiler."""
     train, devices = options.train, topology.devices
     shards = devices // options.mesh.context
-    operations = _operations(setup, options)
+    traced = _trace(setup, options)
     lean = _without_remat(options)
-    setup = setup if lean == options else set_up(lean)
-    model = _operations(setup, lean, again=False)
+    model = traced if lean == options else _trace(set_up(lean), lean)
     return Estimate(
         topology=name,
         chip=topology.chip.name,
@@ -171,14 +170,15 @@ def _counted(
         ),
         slices=options.data.clip_slices,
         parameters=sum(leaf.size for leaf in jax.tree.leaves(setup.state["params"])),
-        model_flops=model // devices,
-        program_flops=operations // devices,
+        model_flops=flops.operations(model, again=False) // devices,
+        program_flops=flops.operations(traced) // devices,
+        fill=roofline.fill(flops.kernels(traced), topology),
     )
 
 
-def _operations(setup: Setup, options: Options, *, again: bool = True) -> int:
+def _trace(setup: Setup, options: Options) -> Any:
     step = make_train_step(setup.model, options, setup.optimizer)
-    return flops.count(step, setup.state, batch_fields(options), key_shape(), again=again)
+    return flops.trace(step, setup.state, batch_fields(options), key_shape())
 
 
 def _for_platform(options: Options, platform: str) -> Options:

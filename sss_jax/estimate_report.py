@@ -56,6 +56,7 @@ class Projection:
 class Estimate:
     """All that is known of one configuration on one topology; amounts are per device and step.
 
+    `fill` is the part of the matrix unit's work that our own kernels have use for, where they run.
     With `quick` the compiler spent its least effort: a program that needs somewhat more memory and
     moves more bytes than the one that would run.
     """
@@ -69,6 +70,7 @@ class Estimate:
     parameters: int
     model_flops: int
     program_flops: int
+    fill: float | None = None
     memory: Memory | None = None
     compile_s: float | None = None
     quick: bool = False
@@ -110,7 +112,14 @@ def _work(found: Estimate) -> list[str]:
         f"of {found.slices} slices; {found.parameters / 1e6:.1f} M parameters",
         f"operations per device: {found.model_flops / 1e12:.2f} TFLOP of the network, "
         f"{found.program_flops / 1e12:.2f} with what is computed again",
+        *_filled(found),
     ]
+
+
+def _filled(found: Estimate) -> list[str]:
+    if found.fill is None:
+        return []
+    return [f"our kernels fill {found.fill:.0%} of the matrix unit, where times assume all of it"]
 
 
 def _fit(found: Estimate, memory: Memory) -> str:

@@ -8,6 +8,7 @@ import collections
 from collections.abc import Iterable
 from typing import Any
 
+from sss_jax.flops import Kernel
 from sss_jax.hlo import Collective, Cost
 from sss_jax.topology import Topology
 
@@ -35,6 +36,24 @@ def roof(cost: Cost, topology: Topology) -> float:
     """Seconds that a kernel takes at least."""
     chip = topology.chip
     return max(cost.flops / chip.flops, cost.nbytes / chip.bandwidth)
+
+
+def fill(kernels: Iterable[Kernel], topology: Topology) -> float | None:
+    """Part of the matrix unit's work that kernels have use for; None without kernels.
+
+    The unit holds square tiles of the right factor while rows of the left, eight at a time, pass.
+    """
+    side, useful, work = topology.chip.matrix, 0, 0
+    for kernel in kernels:
+        for rows, columns, depth, times in kernel.products:
+            done = _whole(rows, 8) * _whole(columns, side) * _whole(depth, side)
+            useful += kernel.times * times * rows * columns * depth
+            work += kernel.times * times * done
+    return useful / work if work else None
+
+
+def _whole(size: int, tile: int) -> int:
+    return -(-size // tile) * tile
 
 
 def exchange_time(one: Collective, topology: Topology) -> float:

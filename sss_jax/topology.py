@@ -23,6 +23,7 @@ class Chip:
         link: bytes/s that a chip exchanges with its neighbours, all links together.
         network: bytes/s between slices or hosts, per chip.
         cores: what one unit of its name counts, per chip.
+        matrix: side of a matrix unit, which whole tiles fill; 1 where that is not so.
     """
 
     name: str
@@ -32,6 +33,7 @@ class Chip:
     link: float
     network: float
     cores: int = 1
+    matrix: int = 1
 
 
 _GIB = 2**30
@@ -40,9 +42,9 @@ _GIB = 2**30
 CHIPS = {
     chip.name: chip
     for chip in (
-        Chip("v5e", 197e12, 16 * _GIB, 819e9, 200e9, 25e9 / 8),
-        Chip("v5p", 459e12, 95 * _GIB, 2765e9, 600e9, 25e9 / 4, cores=2),
-        Chip("v6e", 918e12, 32 * _GIB, 1600e9, 400e9, 100e9 / 8),
+        Chip("v5e", 197e12, 16 * _GIB, 819e9, 200e9, 25e9 / 8, matrix=128),
+        Chip("v5p", 459e12, 95 * _GIB, 2765e9, 600e9, 25e9 / 4, cores=2, matrix=128),
+        Chip("v6e", 918e12, 32 * _GIB, 1600e9, 400e9, 100e9 / 8, matrix=256),
         Chip("h100", 989e12, 80 * 10**9, 3350e9, 450e9, 50e9),
     )
 }

@@ -29,6 +29,7 @@ def test_gpus_get_what_needs_no_compiler(whole):
     assert whole.clips == (2, 0)
     assert whole.memory is None
     assert whole.projection is None
+    assert whole.fill is None, "no kernels of ours there"
     assert whole.program_flops > 1.1 * whole.model_flops > 0, "the trunk is computed again"
     assert "not compiled" in estimate_report.render(whole)
     assert json.loads(json.dumps(whole.to_json()))["topology"] == "h100-8"
@@ -113,3 +114,5 @@ def test_a_step_compiles_for_tpus_that_are_not_here(options):
     assert 0 < found.projection.mfu < 1
     assert {row["part"] for row in found.exchanges} <= {"reduce_gradients", "losses", "other"}
     assert found.projection.step > 0
+    assert 0 < found.fill < 1
+    assert f"fill {found.fill:.0%} of the matrix unit" in estimate_report.render(found)

@@ -4,6 +4,7 @@ import pytest
 
 from sss_jax import roofline
 from sss_jax.errors import ConfigError
+from sss_jax.flops import Kernel, Product
 from sss_jax.hlo import Collective, Cost
 from sss_jax.topology import parse
 
@@ -43,6 +44,31 @@ def test_a_kernel_takes_the_larger_of_its_two_roofs():
     topology = parse("v5e-16")
     assert roofline.roof(Cost("", 197 * 10**12, 1, 1, True), topology) == pytest.approx(1.0)
     assert roofline.roof(Cost("", 1, 819 * 10**9, 1, True), topology) == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize(
+    ("product", "chip", "share"),
+    [
+        ((256, 128, 128), "v5e-16", 1.0),
+        ((256, 96, 128), "v5e-16", 0.75),  # columns of a tile
+        ((128, 128, 64), "v5p-64", 0.5),  # half of the depth
+        ((4, 128, 128), "v5e-16", 0.5),  # rows pass eight at a time
+        ((256, 128, 128), "v6e-256", 0.25),
+    ],
+)
+def test_products_fill_whole_tiles_of_the_matrix_unit(product, chip, share):
+    kernels = [Kernel("k", 3, 0, (Product(*product, times=5),))]
+    assert roofline.fill(kernels, parse(chip)) == pytest.approx(share)
+    assert roofline.fill([*kernels, *kernels], parse(chip)) == pytest.approx(share)
+
+
+def test_often_computed_products_weigh_more():
+    full, half = Product(128, 128, 128, times=3), Product(128, 128, 64, times=1)
+    one = roofline.fill([Kernel("k", 2, 0, (full, half))], parse("v5e-16"))
+    assert one == pytest.approx((3 + 0.5) / (3 + 1))
+    two = roofline.fill([Kernel("a", 1, 0, (full,)), Kernel("b", 6, 0, (half,))], parse("v5e-16"))
+    assert two == pytest.approx((3 + 3) / (3 + 6))
+    assert roofline.fill([], parse("v5e-16")) is None
 
 
 def test_an_all_reduce_sends_twice_and_slices_share_their_network():

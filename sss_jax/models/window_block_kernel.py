@@ -197,9 +197,12 @@ def _scratch(tokens: int, out: Any) -> list[Any]:
 def _cost(
     times: tuple[int, int, int], form: Form, x: Array, out: Any, moved: Sequence[Any]
 ) -> pl.CostEstimate:
-    """So many products with the matrices before attention, with that behind it, with logits."""
+    """So many products with the matrices before attention, with that behind it, with logits.
+
+    Logits between windows of a group are computed too.
+    """
     (g, n, c), (_, left, width) = x.shape, out.shape
-    sizes = (n * c * (4 if form.pool else 3), left * width, left * n // form.windows)
+    sizes = (n * c * (4 if form.pool else 3), left * width, left * n)
     products = g * width * sum(a * b for a, b in zip(times, sizes, strict=True))
     return kernel_parts.cost(products, form.heads * g * left * n, moved)
 

@@ -98,7 +98,7 @@ def _call(
     moved = sum(x.size * x.dtype.itemsize for x in (*arrays, *made))
     count = largest_divisor(groups, BLOCK * groups // moved)
     blocks = [pl.BlockSpec((count, *x.shape[1:]), lambda i: (i, 0, 0)) for x in (*arrays, *made)]
-    logits = groups * queries * tokens // windows
+    logits = groups * queries * tokens
     products = 2 if kernel is _forward else 5
     found = pl.pallas_call(
         functools.partial(kernel, heads=heads, windows=windows),
