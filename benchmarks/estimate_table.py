@@ -38,7 +38,6 @@ KEEP_INPUTS = (
 TIGHT = {
     ("base_plus", "1024", "v5e"): KEEP_TRUNK,
     ("large", "1024", "v5e"): (*KEEP_INPUTS, "mesh.fsdp=16"),
-    ("large", "1024", "v6e"): KEEP_TRUNK,
 }
 AXES = (
     ("tiny", "small", "base_plus", "large"),
