@@ -162,6 +162,11 @@ def _sizes(text: str, options: Options) -> tuple[int, int, int, int]:
             f"--data {text}: write synthetic: or synthetic:ROWSxCOLUMNSxSLICES[,CASES], such as "
             f"synthetic:256x256x16,32, with at least {_VALIDATION + 2} cases"
         )
+    if 0 < options.data.canvas < max(sizes[:2]):
+        raise ConfigError(
+            f"--data {text}: slices of {sizes[0]} x {sizes[1]} pixels do not fit on "
+            f"data.canvas={options.data.canvas}: raise it, or ask for smaller slices"
+        )
     return sizes[0], sizes[1], sizes[2], sizes[3]
 
 

@@ -265,3 +265,10 @@ def test_synthetic_sizes_and_splits(text, shape, count, train):
 def test_other_forms_of_synthetic_are_refused(text):
     with pytest.raises(ConfigError, match="ROWSxCOLUMNSxSLICES"):
         open_source(text, OPTIONS)
+
+
+def test_synthetic_slices_beyond_the_canvas_are_refused():
+    options = changed(data={"canvas": 40})
+    GeneratedSource("synthetic:40x24x7", options)
+    with pytest.raises(ConfigError, match=r"24 x 41 pixels do not fit on data\.canvas=40"):
+        GeneratedSource("synthetic:24x41x7", options)
