@@ -136,7 +136,8 @@ class Program:
     def products(self) -> dict[tuple[str, str], int]:
         """Return operations of products and convolutions by types of operands and precision.
 
-        A kernel of our own counts under its first two operands, at the default precision.
+        A kernel of our own counts under its first two operands that are matrices, at the default
+        precision.
         """
         found: dict[tuple[str, str], int] = collections.defaultdict(int)
         for part in self._parts(self._entry):

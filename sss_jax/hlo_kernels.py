@@ -35,10 +35,17 @@ def cost(
 
 def precision(instruction: Instruction, shapes: Mapping[str, str]) -> tuple[str, str]:
     """Return the types that a product multiplies, such as `bf16 x bf16`, and its precision."""
-    operands = [arrays_of(shapes.get(name, "")) for name in instruction.operands[:2]]
-    types = " x ".join(arrays[0][0] if arrays else "?" for arrays in operands)
+    given = [shapes.get(name, "") for name in instruction.operands]
+    if _SAID.search(instruction.rest):
+        given = [shape for shape in given if _is_matrix(dims_of(shape))]
+    arrays = [arrays_of(shape) for shape in given[:2]]
+    types = " x ".join(found[0][0] if found else "?" for found in arrays)
     asked = _PRECISION.search(instruction.rest)
     return types, max(asked.group(1).split(","), key=_RISING.index) if asked else "default"
+
+
+def _is_matrix(dims: Sequence[int]) -> bool:
+    return len(dims) > 1 and min(dims[-2:]) > 1
 
 
 def flops(instruction: Instruction, shapes: Mapping[str, str], computations: Computations) -> int:

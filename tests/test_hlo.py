@@ -245,6 +245,20 @@ ENTRY %main (p0: bf16[8,128]) -> bf16[8,128] {
         assert (cost.flops, cost.nbytes) == (235, counted)
 
 
+def test_a_kernel_of_our_own_multiplies_its_matrices():
+    call = """HloModule m
+
+ENTRY %main (p0: bf16[4,8,128], p1: f32[1,128], p2: bf16[128,64], p3: f32[64]) -> bf16[4,8,64] {
+  %p0 = bf16[4,8,128]{2,1,0} parameter(0)
+  %p1 = f32[1,128]{1,0} parameter(1)
+  %p2 = bf16[128,64]{1,0} parameter(2)
+  %p3 = f32[64]{0} parameter(3)
+  ROOT %k = bf16[4,8,64]{2,1,0} custom-call(%p0, %p3, %p1, %p2), custom_call_target="tpu_custom_call", backend_config={"custom_call_config":{"body":"TUz","cost_estimate":{"flops":"235","transcendentals":"13","bytes_accessed":"617","remote_bytes_transferred":"0"}}}
+}
+"""  # noqa: E501
+    assert Program(call).products() == {("bf16 x bf16", "default"): 235}
+
+
 SLICES = """HloModule m
 
 %fused (p: f32[7,64], q: f32[64], r: f32[7,64], i: s32[]) -> (f32[7,64], f32[64]) {
