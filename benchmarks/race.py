@@ -36,24 +36,27 @@ def race(mine: Callable, theirs: Callable, repeats: int) -> dict[str, Any]:
     }
 
 
-def alternate(mine: Callable, theirs: Callable, repeats: int) -> dict[str, Any]:
+def alternate(
+    mine: Callable, theirs: Callable, repeats: int, other: str = "torch"
+) -> dict[str, Any]:
     """Time two functions in turn; both wait for their result and have been called before.
 
     Beside the times there is the processor time of all threads of the process: on a CPU that others
-    use too it says more, on a GPU it is what the host spends.
+    use too it says more, on a GPU it is what the host spends. The other side's numbers carry the
+    name `other`.
     """
-    clocks: dict[str, list[tuple[float, float]]] = {"ours": [], "torch": []}
+    clocks: dict[str, list[tuple[float, float]]] = {"ours": [], other: []}
     for _ in range(repeats):
-        for name, run in (("ours", mine), ("torch", theirs)):
+        for name, run in (("ours", mine), (other, theirs)):
             time.sleep(PAUSE)
             clocks[name].append(_clock(run))
     times = {name: result.summary([wall for wall, _ in both]) for name, both in clocks.items()}
     busy = {name: statistics.median(cpu for _, cpu in both) for name, both in clocks.items()}
     return {
         **{f"{name}_s": summary for name, summary in times.items()},
-        "speedup": round(times["torch"]["median"] / times["ours"]["median"], 3),
+        "speedup": round(times[other]["median"] / times["ours"]["median"], 3),
         **{f"{name}_cpu_s": round(seconds, 4) for name, seconds in busy.items()},
-        "speedup_cpu": round(busy["torch"] / max(busy["ours"], 1e-9), 3),
+        "speedup_cpu": round(busy[other] / max(busy["ours"], 1e-9), 3),
     }
 
 
