@@ -105,7 +105,8 @@ def options_of(name: str, args: argparse.Namespace) -> Options:
 
 def paper_dfe(enabled: bool) -> DFEOptions:
     """DFE as the paper and torch's step have it, so that both sides do the same work."""
-    return DFEOptions(enabled=enabled, pair="weak_strong", level_4=True)
+    # The other side keeps its projections too.
+    return DFEOptions(enabled=enabled, pair="weak_strong", level_4=True, remat=False)
 
 
 class Ours:
