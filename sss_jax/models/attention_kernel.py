@@ -18,6 +18,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from sss_jax.axes import Array, Float
+from sss_jax.models.layers import padded_size
 
 Ref = Any
 """Part of an array, or scratch, in a core's memory."""
@@ -80,7 +81,7 @@ def forward(
             pltpu.VMEM((queries, LANES), jnp.float32),
             pltpu.VMEM((queries, e), jnp.float32),
         ],
-        compiler_params=_parameters("parallel", "parallel", "arbitrary"),
+        compiler_params=parameters("parallel", "parallel", "arbitrary"),
         cost_estimate=pl.CostEstimate(
             flops=2 * g * n * m * (d + e),
             transcendentals=g * n * m,
@@ -168,7 +169,7 @@ def backward(
             pltpu.VMEM((keys, e), jnp.float32),
             pltpu.VMEM((keys, LANES), jnp.float32),
         ],
-        compiler_params=_parameters("parallel", "arbitrary", "arbitrary"),
+        compiler_params=parameters("parallel", "arbitrary", "arbitrary"),
         cost_estimate=pl.CostEstimate(
             flops=2 * g * n * m * (3 * d + 2 * e),
             transcendentals=g * n * m,
@@ -256,7 +257,7 @@ def _whole_blocks(k: Array, v: Array, bias: Array) -> tuple[Array, Array, Array,
 
 def block_of_keys(keys: int) -> int:
     """Keys per block: few blocks, and few keys added to fill the last one."""
-    most = min(KEYS, -(-keys // LANES) * LANES)
+    most = min(KEYS, padded_size(keys, LANES))
     sizes = range(LANES, most + 1, LANES)
     return min(sizes, key=lambda size: -(-keys // size) * (size + _PER_BLOCK))
 
@@ -266,5 +267,6 @@ def largest_divisor(number: int, most: int) -> int:
     return max(n for n in range(1, max(min(number, most), 1) + 1) if number % n == 0)
 
 
-def _parameters(*order: Literal["parallel", "arbitrary"]) -> pltpu.CompilerParams:
+def parameters(*order: Literal["parallel", "arbitrary"]) -> pltpu.CompilerParams:
+    """Which axes of the grid cores may share, and the memory that they may take."""
     return pltpu.CompilerParams(dimension_semantics=order, vmem_limit_bytes=CORE_MEMORY)

@@ -1,18 +1,17 @@
 """What the TPU kernels of whole layers share."""
 
 from collections.abc import Iterable, Sequence
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import tpu as pltpu
 
 from sss_jax.axes import Array, Float, PyTree
-from sss_jax.models.attention_kernel import CORE_MEMORY, Ref, largest_divisor
+from sss_jax.models.attention_kernel import Ref, largest_divisor
 
 TILE = 16
-"""Rows that bfloat16 numbers fill at once."""
+"""Rows that bfloat16 numbers fill at once; windows that fill them merge without a copy."""
 ROWS = 256
 """Most tokens that are in work at once; code is written out for each of them."""
 CORES = 2
@@ -70,9 +69,14 @@ def cost(products: int, exponentials: int, moved: Iterable[Any]) -> pl.CostEstim
     )
 
 
-def parameters(*order: Literal["parallel", "arbitrary"]) -> pltpu.CompilerParams:
-    """Which axes of the grid cores may share, and the memory that they may take."""
-    return pltpu.CompilerParams(dimension_semantics=order, vmem_limit_bytes=CORE_MEMORY)
+def whole(a: Any) -> pl.BlockSpec:
+    """A matrix that every step of the grid reads."""
+    return pl.BlockSpec(a.shape, lambda *_: (0, 0))
+
+
+def part(a: Any) -> pl.BlockSpec:
+    """A matrix of gradients for each part of the tokens, the first axis of the grid."""
+    return pl.BlockSpec((1, *a.shape[1:]), lambda number, *_: (number, 0, 0))
 
 
 def piece(number: Any, size: int) -> Any:

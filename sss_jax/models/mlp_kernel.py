@@ -27,9 +27,11 @@ from sss_jax.models.attention_kernel import (
     TN,
     Ref,
     largest_divisor,
+    parameters,
     product,
 )
 from sss_jax.models.kernel_parts import CORES, ROWS, TILE, piece, sum_rows, wide
+from sss_jax.models.layers import padded_size
 
 BLOCK = 2048
 """Most tokens that come from main memory at once."""
@@ -97,11 +99,11 @@ def transform(
     y: Array = pl.pallas_call(
         functools.partial(_forward, form=form, cut=cut),
         grid=(n // cut.block,),
-        in_specs=[tokens, *(pl.BlockSpec(a.shape, lambda i: (0, 0)) for a in held)],
+        in_specs=[tokens, *map(kernel_parts.whole, held)],
         out_specs=tokens,
         out_shape=jax.ShapeDtypeStruct(x_NC.shape, x_NC.dtype),
         scratch_shapes=[pltpu.VMEM((cut.rows, c), jnp.float32)],
-        compiler_params=kernel_parts.parameters("parallel"),
+        compiler_params=parameters("parallel"),
         cost_estimate=kernel_parts.cost(2 * n * c * h, n * h, (x_NC, x_NC, *held)),
         interpret=interpret,
         name="mlp_forward",
@@ -128,11 +130,11 @@ def _transform_backward(
     x_bar, *gradients = pl.pallas_call(
         functools.partial(_backward, form=form, cut=cut),
         grid=(CORES, steps),
-        in_specs=[tokens, tokens, *(pl.BlockSpec(a.shape, lambda p, i: (0, 0)) for a in held)],
-        out_specs=[tokens, *(pl.BlockSpec((1, *a.shape), lambda p, i: (p, 0, 0)) for a in held)],
+        in_specs=[tokens, tokens, *map(kernel_parts.whole, held)],
+        out_specs=[tokens, *map(kernel_parts.part, sums)],
         out_shape=[jax.ShapeDtypeStruct(x.shape, x.dtype), *sums],
         scratch_shapes=[pltpu.VMEM((cut.rows, c), jnp.float32)],
-        compiler_params=kernel_parts.parameters("parallel", "arbitrary"),
+        compiler_params=parameters("parallel", "arbitrary"),
         cost_estimate=kernel_parts.cost(5 * n * c * h, 2 * n * h, (x, x, x, *held, *sums)),
         interpret=interpret,
         name="mlp_backward",
@@ -152,7 +154,7 @@ def _cut(tokens: int, width: int, hidden: int, dtype: jnp.dtype) -> _Cut:
 
 def _most_tokens(width: int, hidden: int, dtype: jnp.dtype) -> int:
     """Tokens of a block beside which the backward kernel's parameters and gradients fit."""
-    lanes = -(-width // LANES) * LANES
+    lanes = padded_size(width, LANES)
     # Twice, because the next block comes while one is in work: two matrices, their gradients in
     # float32, and three arrays of tokens.
     itemsize = jnp.dtype(dtype).itemsize

@@ -19,8 +19,18 @@ from jax.experimental.pallas import tpu as pltpu
 
 from sss_jax.axes import Array, Float
 from sss_jax.models import kernel_parts
-from sss_jax.models.attention_kernel import CORE_MEMORY, LANES, NN, NT, TN, Ref, product
+from sss_jax.models.attention_kernel import (
+    CORE_MEMORY,
+    LANES,
+    NN,
+    NT,
+    TN,
+    Ref,
+    parameters,
+    product,
+)
 from sss_jax.models.kernel_parts import CORES, piece, sum_rows, wide
+from sss_jax.models.layers import padded_size
 
 BLOCK = 4 * 2**20
 """Most bytes of a block of tokens and results in float32."""
@@ -68,7 +78,7 @@ class _Cut(NamedTuple):
 
 def suits(tokens: int, channels: int, out: int, dtype: jnp.dtype) -> bool:
     """Whether tokens of a map divide into blocks for all cores, and parameters fit a core."""
-    held = 2 * (jnp.dtype(dtype).itemsize + 4) * channels * -(-out // LANES) * LANES
+    held = 2 * (jnp.dtype(dtype).itemsize + 4) * channels * padded_size(out, LANES)
     return tokens % (CORES * kernel_parts.TILE) == 0 and held <= CORE_MEMORY // 2
 
 
@@ -106,14 +116,14 @@ def project(
         grid=(CORES, cut.steps, m),
         in_specs=[
             _tokens(x_HMNC, cut),
-            *map(_whole, held),
+            *map(kernel_parts.whole, held),
             *(_angles(a, cut) for a in angles),
             *(_tokens(a, cut) for a in onto),
         ],
         out_specs=[_tokens(a, cut) for a in made],
         out_shape=made,
         scratch_shapes=[pltpu.VMEM((cut.rows, weights.bias_E.size), jnp.float32)],
-        compiler_params=kernel_parts.parameters("parallel", "arbitrary", "arbitrary"),
+        compiler_params=parameters("parallel", "arbitrary", "arbitrary"),
         cost_estimate=kernel_parts.cost(
             x_HMNC.size * weights.bias_E.size, 0, (x_HMNC, *held, *angles, *onto, *made)
         ),
@@ -147,14 +157,14 @@ def _project_backward(
         grid=(CORES, cut.steps, x.shape[1]),
         in_specs=[
             _tokens(x, cut),
-            *map(_whole, held),
+            *map(kernel_parts.whole, held),
             *(_angles(a, cut) for a in angles),
             *(_tokens(a, cut) for a in bars),
         ],
-        out_specs=[_tokens(x, cut), *map(_part, sums)],
+        out_specs=[_tokens(x, cut), *map(kernel_parts.part, sums)],
         out_shape=[jax.ShapeDtypeStruct(x.shape, x.dtype), *sums],
         scratch_shapes=[pltpu.VMEM((cut.rows, weights.bias_E.size), x.dtype)],
-        compiler_params=kernel_parts.parameters("parallel", "arbitrary", "arbitrary"),
+        compiler_params=parameters("parallel", "arbitrary", "arbitrary"),
         cost_estimate=kernel_parts.cost(
             2 * x.size * weights.bias_E.size, 0, (x, x, *held, *angles, *bars, *sums)
         ),
@@ -170,7 +180,7 @@ project.defvjp(_project_forward, _project_backward)
 
 def _cut(x: Array, weights: Weights, onto: Array | None) -> _Cut:
     heads, _, tokens, channels = x.shape
-    lanes = heads * -(-channels // LANES) * LANES + 2 * weights.bias_E.size
+    lanes = heads * padded_size(channels, LANES) + 2 * weights.bias_E.size
     block, rows = kernel_parts.cut_tokens(tokens, BLOCK // (4 * lanes), CORES)
     steps = tokens // block // CORES
     return _Cut(block, rows, steps, weights.scale_C is not None, onto is not None)
@@ -184,14 +194,6 @@ def _tokens(a: Any, cut: _Cut) -> pl.BlockSpec:
 
 def _angles(a: Array, cut: _Cut) -> pl.BlockSpec:
     return pl.BlockSpec((cut.block, a.shape[1]), lambda p, i, m: (p * cut.steps + i, 0))
-
-
-def _whole(a: Array) -> pl.BlockSpec:
-    return pl.BlockSpec(a.shape, lambda p, i, m: (0, 0))
-
-
-def _part(a: Any) -> pl.BlockSpec:
-    return pl.BlockSpec((1, *a.shape[1:]), lambda p, i, m: (p, 0, 0))
 
 
 def _split(refs: tuple[Ref, ...], form: Form, cut: _Cut) -> tuple[Ref, tuple[Ref, ...], Any]:

@@ -28,9 +28,11 @@ from sss_jax.models.attention_kernel import (
     TN,
     Ref,
     largest_divisor,
+    parameters,
     product,
 )
-from sss_jax.models.kernel_parts import CORES, sum_rows, wide
+from sss_jax.models.kernel_parts import CORES, TILE, sum_rows, wide
+from sss_jax.models.layers import padded_size
 
 BLOCK = 2 * 2**20
 """Most bytes of an array that come from main memory at once, where a group is not larger."""
@@ -92,7 +94,7 @@ def suits(tokens: int, channels: int, pool: bool, dtype: jnp.dtype) -> bool:
     """
     size = (tokens, channels, jnp.dtype(dtype).itemsize)
     fits = _held_bytes(*size) + 6 * _bytes(*size) <= CORE_MEMORY
-    return fits and not (pool and tokens % (4 * window_kernel.TILE))
+    return fits and not (pool and tokens % (4 * TILE))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
@@ -120,11 +122,11 @@ def attend(
     y: Array = pl.pallas_call(
         functools.partial(_forward, form=form),
         grid=(g // count,),
-        in_specs=[blocks[0], *(pl.BlockSpec(a.shape, lambda i: (0, 0)) for a in held)],
+        in_specs=[blocks[0], *map(kernel_parts.whole, held)],
         out_specs=blocks[1],
         out_shape=out,
         scratch_shapes=_scratch(n, out),
-        compiler_params=kernel_parts.parameters("parallel"),
+        compiler_params=parameters("parallel"),
         cost_estimate=_cost((1, 1, 2), form, x_GNC, out, (x_GNC, out, *held)),
         interpret=interpret,
         name="window_block_forward",
@@ -154,11 +156,11 @@ def _attend_backward(
     x_bar, *gradients = pl.pallas_call(
         functools.partial(_backward, form=form),
         grid=(parts, steps),
-        in_specs=[*tokens, *(pl.BlockSpec(a.shape, lambda p, i: (0, 0)) for a in held)],
-        out_specs=[tokens[0], *(pl.BlockSpec((1, *a.shape), lambda p, i: (p, 0, 0)) for a in held)],
+        in_specs=[*tokens, *map(kernel_parts.whole, held)],
+        out_specs=[tokens[0], *map(kernel_parts.part, sums)],
         out_shape=[jax.ShapeDtypeStruct(x.shape, x.dtype), *sums],
         scratch_shapes=_scratch(n, bar),
-        compiler_params=kernel_parts.parameters("parallel", "arbitrary"),
+        compiler_params=parameters("parallel", "arbitrary"),
         cost_estimate=_cost((3, 2, 6), form, x, bar, (x, x, bar, *held, *sums)),
         interpret=interpret,
         name="window_block_backward",
@@ -171,12 +173,12 @@ attend.defvjp(_attend_forward, _attend_backward)
 
 def _bytes(tokens: int, channels: int, itemsize: int) -> int:
     """Bytes of a group of tokens in a core's memory."""
-    return itemsize * -(-tokens // 16) * 16 * -(-channels // LANES) * LANES
+    return itemsize * padded_size(tokens, TILE) * padded_size(channels, LANES)
 
 
 def _held_bytes(tokens: int, channels: int, itemsize: int) -> int:
     """Parameters and gradients, twice, and what is in work of one group, in float32."""
-    lanes = -(-channels // LANES) * LANES
+    lanes = padded_size(channels, LANES)
     return 2 * (itemsize + 4) * 4 * channels * lanes + 4 * tokens * (16 * lanes + 6 * tokens)
 
 

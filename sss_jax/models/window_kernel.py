@@ -17,22 +17,21 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import tpu as pltpu
 
 from sss_jax.axes import Array, Float
+from sss_jax.models import kernel_parts
 from sss_jax.models.attention_kernel import (
-    CORE_MEMORY,
     NN,
     NT,
     OFF,
     TN,
     Ref,
     largest_divisor,
+    parameters,
     product,
 )
+from sss_jax.models.kernel_parts import TILE
 
-TILE = 16
-"""Rows that bfloat16 numbers fill at once; tokens of several windows merge without a copy."""
 ROWS = 128
 """Rows that a product of the matrix unit has at least, where windows can be grouped."""
 BLOCK = 16 * 2**20
@@ -106,13 +105,9 @@ def _call(
         in_specs=blocks[: len(arrays)],
         out_specs=blocks[len(arrays) :],
         out_shape=made,
-        compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("parallel",), vmem_limit_bytes=CORE_MEMORY
-        ),
-        cost_estimate=pl.CostEstimate(
-            flops=2 * products * logits * _width(projections),
-            transcendentals=heads * logits,
-            bytes_accessed=moved,
+        compiler_params=parameters("parallel"),
+        cost_estimate=kernel_parts.cost(
+            products * logits * _width(projections), heads * logits, (*arrays, *made)
         ),
         interpret=interpret,
         name=f"window_attention{kernel.__name__}",
