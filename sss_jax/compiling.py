@@ -10,9 +10,12 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import numpy as np
 
 LARGE_IMAGE = 512
 """Side of images, in pixels, from which the options make training quicker; below, it is slower."""
+
+_ONE = np.float32(1)
 
 CPU_OPTIONS = {
     "xla_cpu_experimental_ynn_fusion_type": "",
@@ -45,7 +48,10 @@ def jit(function: Callable[..., Any], **settings: Any) -> Callable[..., Any]:
     """Return `jax.jit(function, **settings)` with `compiler_options`.
 
     No device is asked for before the first call, so that this may decorate functions of a module.
+    JAX takes options for whole programs alone: inside another jitted function those of the outer
+    one hold, and under `jax.grad` and `jax.vmap` there are none.
     """
+    inside = jax.jit(function, **settings)
 
     @functools.cache
     def compiled() -> Any:
@@ -53,7 +59,14 @@ def jit(function: Callable[..., Any], **settings: Any) -> Callable[..., Any]:
 
     @functools.wraps(function)
     def call(*args: Any, **kwargs: Any) -> Any:
-        return compiled()(*args, **kwargs)
+        return (inside if _transformed(args, kwargs) else compiled())(*args, **kwargs)
 
     call.compiled = compiled  # type: ignore[attr-defined]
     return call
+
+
+def _transformed(*args: Any) -> bool:
+    """Whether JAX transforms what is computed now, so that it is no program of its own."""
+    tracers = (isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(args))
+    # Of constants alone the result tells: a jitted function records every operation.
+    return any(tracers) or isinstance(jax.lax.neg(_ONE), jax.core.Tracer)

@@ -44,3 +44,13 @@ def test_jit_compiles_once_and_keeps_static_arguments():
     assert raised.compiled()._cache_size() == 1
     options = raised.compiled().lower(jnp.float32(1.0), exponent=2).compile()
     assert "ynn" not in options.as_text()
+
+
+def test_a_jitted_function_runs_inside_every_transformation():
+    double = compiling.jit(lambda x: 2 * x)
+    x = jnp.arange(3.0)
+    for outer in (jax.jit(double), compiling.jit(double), jax.vmap(double), jax.pmap(double)):
+        assert (outer(x[None])[0] == 2 * x).all()
+    assert (jax.grad(lambda x: double(x).sum())(x) == 2).all()
+    assert (jax.jit(lambda: double(jnp.asarray(x)))() == 2 * x).all()
+    assert double.compiled()._cache_size() == 0
