@@ -50,14 +50,14 @@ def measure(config: Sam2Config, repeats: int) -> Iterator[dict[str, Any]]:
     side = config.image_size
     image = jnp.asarray(np.random.default_rng(0).standard_normal((1, side, side, 3)), jnp.float32)
     sides = our_encoder(config, image), their_encoder(config)
-    rows = {"encoder": _same, "encoder forward and backward": _gradient}
+    rows = {"encoder": lambda run: run, "encoder forward and backward": _gradient}
     for name, change in rows.items():
         (ours, params), (theirs, state) = ((change(run), values) for run, values in sides)
         calls = [
             functools.partial(compiling.jit(ours), params, image),
             functools.partial(jax.jit(theirs), state, image),
         ]
-        waits = [functools.partial(_wait, call) for call in calls]
+        waits = [functools.partial(race.waiting, call) for call in calls]
         for wait in waits:
             wait()
         yield {
@@ -133,17 +133,9 @@ def render(rows: Sequence[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def _same(run: Callable) -> Callable:
-    return run
-
-
 def _gradient(run: Callable) -> Callable:
     """Gradient in the parameters of the sum of squares of all maps."""
     return jax.grad(lambda params, x: sum(jnp.square(m).sum() for m in run(params, x)))
-
-
-def _wait(call: Callable) -> None:
-    jax.block_until_ready(call())
 
 
 if __name__ == "__main__":

@@ -21,8 +21,6 @@ has not been tried: no GPU was at hand. Needs torch and transformers.
 import argparse
 import contextlib
 import functools
-import gc
-import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -58,7 +56,7 @@ DECIDED = 40.0
 def main(argv: Sequence[str] | None = None) -> int:
     """Measure and write."""
     args = _parser().parse_args(argv)
-    _choose_device(args.device)
+    race.share_device(args.device)
     settings = {key: value for key, value in vars(args).items() if key != "output"}
     settings["float32_products"] = "TF32 where the GPU has it" if args.device == "cuda" else "full"
     rows = []
@@ -75,7 +73,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--preset", default="tiny")
     parser.add_argument("--size", type=int, default=256)
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--device", choices=race.DEVICES, default="cpu")
     parser.add_argument("--steps", nargs="+", choices=STEPS, default=STEPS)
     parser.add_argument("--clips", type=int, default=1, help="clips of each stream")
     parser.add_argument("--slices", type=int, default=4, help="slices of a clip")
@@ -160,7 +158,7 @@ def measure(name: str, args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     facts = {"step": name, "ours_gflop": ours.gflop, **work, "compile_s": ours.compile_s}
     variants = ["eager", "sdpa", *(["sdpa, torch.compile"] if args.compile else [])]
     for variant in variants:
-        _free(args.device)
+        race.free(args.device)
         yield {**facts, "torch": variant, **_row(ours, build, variant, args)}
     slices = sum(part["slice_mask"].size for part in ours.batch.values())
     print(f"{name}: {slices} slices a step, {ours.metrics}", file=sys.stderr)
@@ -171,7 +169,7 @@ def _row(ours: Ours, build: Callable, variant: str, args: argparse.Namespace) ->
     trainer, batch = build(variant.split(",")[0])
     if "compile" in variant:
         trainer.compile_parts()
-    theirs = _waiting(trainer, batch, args.device)
+    theirs = race.torch_call(lambda: trainer.step(batch), args.device)
     try:
         first = result.seconds(theirs, 1, 0)[0]
     except Exception as error:
@@ -223,17 +221,6 @@ def _counting(trainer: Any, seen: dict[str, int]) -> Iterator[None]:
             hook.remove()
 
 
-def _waiting(trainer: Any, batch: Any, device: str) -> Callable[[], None]:
-    import torch
-
-    def run() -> None:
-        trainer.step(batch)
-        if device == "cuda":
-            torch.cuda.synchronize()
-
-    return run
-
-
 def _memory(ours: Ours, theirs: Callable, device: str) -> dict[str, int]:
     """Bytes that a step takes for itself: ours by XLA's plan, theirs by the GPU's allocator.
 
@@ -249,32 +236,6 @@ def _memory(ours: Ours, theirs: Callable, device: str) -> dict[str, int]:
     torch.cuda.reset_peak_memory_stats()
     theirs()
     return {**found, "torch_temporary_bytes": torch.cuda.max_memory_allocated() - before}
-
-
-def _free(device: str) -> None:
-    """Give back what the last variant took, so that the other side can have it."""
-    gc.collect()
-    if device == "cuda":
-        import torch
-
-        torch.cuda.empty_cache()
-
-
-def _choose_device(device: str) -> None:
-    """Before the first array: cores, memory and precision alike on both sides."""
-    import torch
-
-    # JAX would take most of a GPU's memory at once.
-    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
-    torch.set_num_threads(result.cores_allowed())
-    if device == "cpu":
-        jax.config.update("jax_platforms", "cpu")
-        return
-    if not torch.cuda.is_available() or jax.default_backend() != "gpu":
-        raise SystemExit("--device cuda: torch and JAX must both see the GPU")
-    # What XLA does by default on GPUs that can.
-    torch.backends.cuda.matmul.allow_tf32 = True
-    torch.backends.cudnn.allow_tf32 = True
 
 
 if __name__ == "__main__":

@@ -1,6 +1,9 @@
 """Two implementations beside each other: calls alternate, so that a change of load hits both."""
 
+import contextlib
 import functools
+import gc
+import os
 import statistics
 import tempfile
 import time
@@ -9,10 +12,60 @@ from typing import Any
 
 import jax
 
+from sss_jax import flops
 from sss_jax.benchmarks import result
 
 PAUSE = 0.5
 """Seconds between calls: the threads of either side spin for a while after their work."""
+
+
+DEVICES = ("cpu", "cuda")
+"""Where torch and JAX can race, by torch's names."""
+
+
+def share_device(device: str) -> None:
+    """Give both sides the same cores or GPU and the same precision; before the first array.
+
+    Raises:
+        SystemExit: torch and JAX do not both see the GPU.
+    """
+    import torch
+
+    # JAX would take most of a GPU's memory at once.
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+    torch.set_num_threads(result.cores_allowed())
+    if device == "cpu":
+        jax.config.update("jax_platforms", "cpu")
+        return
+    if not torch.cuda.is_available() or jax.default_backend() != "gpu":
+        raise SystemExit("--device cuda: torch and JAX must both see the GPU")
+    # What XLA does by default on GPUs that can.
+    torch.backends.cuda.matmul.allow_tf32 = True
+    torch.backends.cudnn.allow_tf32 = True
+
+
+def free(device: str) -> None:
+    """Give back the memory that torch no longer uses, so that the other side can have it."""
+    gc.collect()
+    if device == "cuda":
+        import torch
+
+        torch.cuda.empty_cache()
+
+
+def torch_call(run: Callable, device: str, dtype: str = "float32") -> Callable[[], None]:
+    """Return a call that waits for torch's result, with autocast where `dtype` is bfloat16."""
+    import torch
+
+    low = dtype == "bfloat16"
+
+    def call() -> None:
+        with torch.autocast(device, torch.bfloat16) if low else contextlib.nullcontext():
+            run()
+        if device == "cuda":
+            torch.cuda.synchronize()
+
+    return call
 
 
 def race(mine: Callable, theirs: Callable, repeats: int) -> dict[str, Any]:
@@ -22,13 +75,21 @@ def race(mine: Callable, theirs: Callable, repeats: int) -> dict[str, Any]:
         mine: returns arrays of JAX; it is compiled twice, the second time from the cache on disk.
         theirs: waits for its own result.
         repeats: timed calls of each side.
+
+    Returns:
+        Times and ratios as `alternate` gives them, compile times, memory, and the operations of
+        the network, which count once what a backward pass computes again.
     """
-    waits = functools.partial(_waiting, mine)
+    waits = functools.partial(waiting, mine)
+    operations = flops.count(mine, again=False)
     first, again = _first_calls(waits)
     # The first call: later ones find the memory that this one leaves behind.
     torch_peak = result.peak_bytes(theirs)
+    times = alternate(waits, theirs, repeats)
     return {
-        **alternate(waits, theirs, repeats),
+        **times,
+        "ours_gflop": round(operations / 1e9, 1),
+        "ours_flops_per_s": operations / times["ours_s"]["median"],
         "first_call_s": first,
         "first_call_from_cache_s": again,
         "ours_peak_bytes": result.peak_bytes(waits),
@@ -73,7 +134,8 @@ def keep_compilations() -> None:
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
 
 
-def _waiting(run: Callable) -> None:
+def waiting(run: Callable) -> None:
+    """Call a function that returns arrays of JAX, and wait for them."""
     jax.block_until_ready(run())
 
 

@@ -1,16 +1,19 @@
-"""SAM-2 beside transformers' (torch), on the same weights, in one process, float32.
+"""SAM-2 beside transformers' (torch), on the same weights, in one process.
 
     python -m sss_jax.benchmarks.sam2_speed --variants tiny small --size 1024 -o FILE.json
 
 Rows: image encoder, decoder for one box, memory attention with a full bank, one tracked slice, and
-forward plus backward of the encoder. Both sides use the same cores; calls alternate between the
-sides, so that a change of load hits both. Needs torch and transformers.
+forward plus backward of the encoder. Both sides use the same cores or, with `--device cuda`, the
+same GPU; calls alternate between the sides, so that a change of load hits both. `--dtype bfloat16`
+is `model.dtype` of ours and torch's autocast. transformers attends with SDPA. The GPU's side has
+not been tried: none was at hand. Needs torch and transformers.
 """
 
 import argparse
+import dataclasses
 import functools
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,44 +22,44 @@ import jax.numpy as jnp
 import numpy as np
 
 from sss_jax import compiling
-from sss_jax.benchmarks import race, result
-from sss_jax.benchmarks.ceilings import matmul_rate
+from sss_jax.benchmarks import ceilings, race, result
 from sss_jax.models import memory_bank, tracking
+from sss_jax.models.sam2 import Sam2
 
 MEMORIES, POINTERS = 7, 16
 
 
-def main() -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     """Measure and write the file."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--variants", nargs="+", default=["tiny", "small"])
     parser.add_argument("--size", type=int, default=1024)
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--device", choices=race.DEVICES, default="cpu")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--compile", action="store_true", help="also torch.compile")
     parser.add_argument("-o", "--output", type=Path, required=True)
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
+    race.share_device(args.device)
     race.keep_compilations()
-    rate = matmul_rate()
-    print(f"matmul: {rate / 1e9:.0f} GFLOP/s", file=sys.stderr)
+    best = ceilings.measure(args.dtype)
+    print(f"matmul: {best.flops / 1e9:.0f} GFLOP/s", file=sys.stderr)
+    facts = {"size": args.size, "device": args.device, "dtype": args.dtype}
     rows = []
     for variant in args.variants:
-        for row in measure(variant, args.size, args.repeats, args.compile):
+        for row in measure(variant, args):
             print(row, file=sys.stderr, flush=True)
             rows.append(row)
-    result.write(args.output, "sam2_speed", rows, matmul_flops_per_s=rate, size=args.size)
+            result.write(args.output, "sam2_speed", rows, settings=facts, ceilings=best.to_json())
     return 0
 
 
-def measure(variant: str, size: int, repeats: int, compiled: bool) -> Iterator[dict[str, Any]]:
+def measure(variant: str, args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """Time all rows of one variant."""
-    import torch
-
-    from tests.parity.oracle import video_reference
-
-    model, ours, params = video_reference(variant, size)
-    params = jax.device_put(params)
+    size = args.size
+    model, ours, params = both_sides(variant, args)
     image = np.random.default_rng(0).standard_normal((1, size, size, 3)).astype(np.float32)
-    pixels = torch.tensor(np.ascontiguousarray(image.transpose(0, 3, 1, 2)))
+    pixels = torch_tensor(image.transpose(0, 3, 1, 2), model)
     call = functools.partial(_jitted, ours, params)
     pairs = {
         "encoder": encoder(call, model, image, pixels),
@@ -65,15 +68,40 @@ def measure(variant: str, size: int, repeats: int, compiled: bool) -> Iterator[d
         "memory attention, 7 memories and 16 pointers": attention(call, ours, model, size),
         "one tracked slice, full bank": tracked(ours, params, model, image, pixels),
     }
-    for name, pair in pairs.items():
-        yield {"variant": variant, "row": name, **race.race(*pair, repeats)}
-    if not compiled:
+    calls = {
+        name: (mine, race.torch_call(theirs, args.device, args.dtype))
+        for name, (mine, theirs) in pairs.items()
+    }
+    for name, pair in calls.items():
+        yield {"variant": variant, "row": name, **race.race(*pair, args.repeats)}
+    if not args.compile:
         return
     # In place, so that the same calls of the other side now run compiled parts.
     for part in ("vision_encoder", "mask_decoder", "memory_attention", "memory_encoder"):
         getattr(model, part).compile()
-    for name, pair in pairs.items():
-        yield {"variant": variant, "row": f"{name}, torch.compile", **race.race(*pair, repeats)}
+    for name, pair in calls.items():
+        race.free(args.device)
+        yield {
+            "variant": variant,
+            "row": f"{name}, torch.compile",
+            **race.race(*pair, args.repeats),
+        }
+
+
+def both_sides(variant: str, args: argparse.Namespace) -> tuple[Any, Sam2, Any]:
+    """Return their model and our network with its parameters, on the device."""
+    from tests.parity.oracle import video_reference
+
+    model, ours, params = video_reference(variant, args.size)
+    config = dataclasses.replace(ours.config, dtype=args.dtype)
+    return model.to(args.device), Sam2(config), jax.device_put(params)
+
+
+def torch_tensor(x: Any, model: Any) -> Any:
+    """Copy an array to the device of a model."""
+    import torch
+
+    return torch.tensor(np.ascontiguousarray(x), device=model.device)
 
 
 def _jitted(ours: Any, params: Any, method: Any, **static: Any) -> Callable:
@@ -133,7 +161,7 @@ def decoder(call: Callable, model: Any, image: Any, pixels: Any) -> tuple[Callab
     points, labels = box.reshape(1, 1, 2, 2), np.array([[[2, 3]]], np.int32)
     with torch.no_grad():
         maps = model.vision_encoder(pixels).fpn_hidden_states
-    boxes = torch.tensor(box)[None, None]
+    boxes = torch_tensor(box[None, None], model)
 
     def theirs() -> None:
         skips = [model.mask_decoder.conv_s0(maps[0]), model.mask_decoder.conv_s1(maps[1])]
@@ -179,8 +207,8 @@ def attention(call: Callable, ours: Any, model: Any, size: int) -> tuple[Callabl
     run = call(attend)
     width = ours.config.memory_width
     keys = MEMORIES * grid * grid + 4 * POINTERS
-    memory = torch.tensor(rng.standard_normal((keys, 1, width)), dtype=torch.float32)
-    flat = torch.tensor(coarse.reshape(grid * grid, 1, 256))
+    memory = torch_tensor(rng.standard_normal((keys, 1, width)).astype(np.float32), model)
+    flat = torch_tensor(coarse.reshape(grid * grid, 1, 256), model)
     place = torch.zeros_like(flat)
 
     def theirs() -> None:
@@ -215,7 +243,11 @@ def tracked(
 
     video = pixels.expand(slices, -1, -1, -1)
     session = transformers.Sam2VideoInferenceSession(
-        video=video, video_height=size, video_width=size, dtype=torch.float32
+        video=video,
+        video_height=size,
+        video_width=size,
+        dtype=torch.float32,
+        inference_device=model.device,
     )
     session.obj_id_to_idx(0)
     with torch.no_grad():
@@ -234,13 +266,14 @@ def _fill(model: Any, session: Any, grid: int) -> None:
     import torch
 
     positions = grid * grid
+    randn = functools.partial(torch.randn, device=model.device)
     for index in [0, *range(5, 20)]:
         output = {
-            "object_pointer": torch.randn(1, 256),
-            "maskmem_features": torch.randn(positions, 1, 64),
-            "maskmem_pos_enc": torch.randn(positions, 1, 64),
-            "pred_masks": torch.zeros(1, 1, 4 * grid, 4 * grid),
-            "object_score_logits": torch.ones(1, 1),
+            "object_pointer": randn(1, 256),
+            "maskmem_features": randn(positions, 1, 64),
+            "maskmem_pos_enc": randn(positions, 1, 64),
+            "pred_masks": torch.zeros(1, 1, 4 * grid, 4 * grid, device=model.device),
+            "object_score_logits": torch.ones(1, 1, device=model.device),
         }
         session.store_output(0, index, output_value=output, is_conditioning_frame=index == 0)
 
