@@ -30,12 +30,14 @@ def run(names: Sequence[str], request: Request) -> tuple[dict[str, Any], str]:
 
     Raises:
         ConfigError: a benchmark, method or mechanism that does not exist.
+        DataError: the data folder cannot be read.
     """
     for name in names:
         if name not in MODULES:
             raise ConfigError(f"no benchmark is called {name!r}; known: {', '.join(MODULES)}")
     rows: list[dict[str, Any]] = []
     more: dict[str, Any] = {"config": request.config, "settings": list(request.overrides)}
+    more["data"] = Path(request.data).name if request.data else "synthetic"
     texts = []
     for name in dict.fromkeys(names):
         measured = _measure(name, request)

@@ -15,7 +15,7 @@ from sss_jax.benchmarks.schema import Measure
 from sss_jax.errors import ConfigError, DataError
 
 BOUND = 1.10
-_SAME = ("benchmark", "device", "processor", "cores", "python", "config", "settings")
+_SAME = ("benchmark", "device", "processor", "cores", "python", "config", "settings", "data")
 
 
 @dataclasses.dataclass(frozen=True)

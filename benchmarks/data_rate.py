@@ -97,10 +97,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def measure(request: Request) -> Measured:
-    """Measure on a few phantoms, at the configuration's image size and threads."""
+    """Measure on a folder or a few phantoms, at the configuration's image size and threads."""
     options = next(iter(request.options().values()))
     few = SplitSizes(labelled=2, unlabelled=2, val=1, test=0)
     work = Work((options.data.threads,), repeats=request.repeats)
+    if request.data is not None:
+        return rates([(Path(request.data), [options.model.image_size])], work, request.say)
     with tempfile.TemporaryDirectory() as scratch:
         folder = write_phantoms(Path(scratch) / "phantoms", subjects=few)
         return rates([(folder, [options.model.image_size])], work, request.say)

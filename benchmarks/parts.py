@@ -12,10 +12,10 @@ import jax
 
 from sss_jax import compiling, flops
 from sss_jax.benchmarks import ceilings, result
+from sss_jax.benchmarks.batches import Batch, first_batch
 from sss_jax.benchmarks.ceilings import Ceilings
 from sss_jax.benchmarks.request import Measured, Request
 from sss_jax.benchmarks.step_parts import WHOLE, Part, step_parts
-from sss_jax.benchmarks.step_time import synthetic_batch
 from sss_jax.hlo import Program
 from sss_jax.options import Options
 from sss_jax.train.setup import set_up
@@ -38,7 +38,8 @@ def measure(request: Request) -> Measured:
 
 def _rows(request: Request, options: Options, best: Ceilings) -> list[dict[str, Any]]:
     programs = Programs(options, request.say)
-    parts = make_parts(options, programs.run)
+    batch = first_batch(options, request.data)
+    parts = make_parts(options, programs.run, batch)
     compiled = {p.name: programs.compiled(p.function, p.args, p.name) for p in parts}
 
     def runner(part: Part) -> Callable[[], Any]:
@@ -77,14 +78,13 @@ class Programs:
         return self.compiled(function, args)(*args)
 
 
-def make_parts(options: Options, run: Callable[..., Any]) -> list[Part]:
-    """Draw parameters and a batch, and cut the step."""
+def make_parts(options: Options, run: Callable[..., Any], batch: Batch) -> list[Part]:
+    """Draw parameters, and cut the step."""
     setup, key = set_up(options), root_key(0)
     state = jax.jit(
         lambda k: state_of(init_all_params(setup.model, options, k), setup.optimizer, setup.memory)
     )(key)
-    batch = jax.device_put(synthetic_batch(options))
-    return step_parts(options, setup, state, batch, key, run)
+    return step_parts(options, setup, state, jax.device_put(batch), key, run)
 
 
 def _row(

@@ -33,7 +33,7 @@ import numpy as np
 from sss_jax import flops
 from sss_jax.axes import PyTree
 from sss_jax.benchmarks import race, result
-from sss_jax.benchmarks.step_time import synthetic_batch
+from sss_jax.benchmarks.batches import synthetic_batch
 from sss_jax.options import (
     DataOptions,
     DFEOptions,

@@ -1,7 +1,8 @@
 """Volumes per minute through prediction: `sss-jax bench predict_rate`.
 
-A synthetic volume goes from its file to the file of its labels, as `sss-jax predict` does it, and,
-beside it, the network's share alone: prepared and on the device already.
+A volume, synthetic or the first of a folder, goes from its file to the file of its labels, as
+`sss-jax predict` does it, and, beside it, the network's share alone: prepared and on the device
+already.
 """
 
 import tempfile
@@ -15,7 +16,9 @@ import numpy as np
 from sss_jax.benchmarks import result
 from sss_jax.benchmarks.request import Measured, Request
 from sss_jax.data.examples import prepare
+from sss_jax.data.folders import find_images
 from sss_jax.data.nifti import read_volume
+from sss_jax.data.sources import PREFIX
 from sss_jax.options import Options
 from sss_jax.predict import Predictor
 from sss_jax.ssl.volume import make_volume_function, pad_slices
@@ -29,10 +32,22 @@ def measure(request: Request) -> Measured:
     rows = []
     with tempfile.TemporaryDirectory() as scratch:
         for method, options in request.options().items():
-            source = write_volume(Path(scratch) / f"{method}.nii.gz", options)
-            request.say(f"{method}: predicting")
-            rows += _rows(method, options, source, request)
+            source = some_volume(Path(scratch), options, request.data)
+            request.say(f"{method}: predicting {source.name}")
+            target = Path(scratch) / f"{method}_labels.nii.gz"
+            rows += _rows(method, options, source, target, request)
     return Measured(rows, {})
+
+
+def some_volume(scratch: Path, options: Options, data: str | None) -> Path:
+    """Return the first image of a folder, or a synthetic one written to `scratch`.
+
+    Raises:
+        DataError: the folder holds no NIfTI file.
+    """
+    if data is None or data.startswith(PREFIX):
+        return write_volume(scratch / "volume.nii.gz", options)
+    return find_images(Path(data))[0]
 
 
 def write_volume(path: Path, options: Options) -> Path:
@@ -62,10 +77,11 @@ def volume_args(predictor: Predictor, source: Path) -> tuple[Any, Any, Any]:
     return (predictor.params, *jax.device_put(pad_slices(example.image_SHW, options)))
 
 
-def _rows(method: str, options: Options, source: Path, request: Request) -> list[dict[str, Any]]:
+def _rows(
+    method: str, options: Options, source: Path, target: Path, request: Request
+) -> list[dict[str, Any]]:
     predictor = make_predictor(options)
     args = volume_args(predictor, source)
-    target = source.with_name(f"{method}_labels.nii.gz")
     runs = {
         "end to end": lambda: predictor.predict_file(source, target),
         "on the device": lambda: jax.block_until_ready(predictor.function(*args)),
@@ -75,6 +91,6 @@ def _rows(method: str, options: Options, source: Path, request: Request) -> list
     for name, taken in times.items():
         summary = result.summary(taken)
         rate = round(60 / summary["median"], 2)
-        fixed = {"name": f"{method}: {name}", "slices": options.eval.slice_bucket}
+        fixed = {"name": f"{method}: {name}", "slices": len(args[1])}
         rows.append({**fixed, "volume_s": summary, "volumes_per_min": rate})
     return rows

@@ -14,7 +14,7 @@ import jax
 from jax.experimental.compilation_cache import compilation_cache
 
 from sss_jax.benchmarks import result, step_time
-from sss_jax.benchmarks.predict_rate import make_predictor, volume_args, write_volume
+from sss_jax.benchmarks.predict_rate import make_predictor, some_volume, volume_args
 from sss_jax.benchmarks.request import Measured, Request
 
 _CACHE = {
@@ -35,10 +35,10 @@ class Program(NamedTuple):
 def programs(request: Request) -> Iterator[Program]:
     """Make the programs one after the other, so that not all of their arguments live at once."""
     for method, options in request.options().items():
-        yield Program(f"{method}: step", *step_time.place(options))
+        yield Program(f"{method}: step", *step_time.place(options, request.data))
         predictor = make_predictor(options)
         with tempfile.TemporaryDirectory() as scratch:
-            args = volume_args(predictor, write_volume(Path(scratch) / "volume.nii.gz", options))
+            args = volume_args(predictor, some_volume(Path(scratch), options, request.data))
         yield Program(f"{method}: prediction", predictor.function, args)
 
 

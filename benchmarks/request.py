@@ -27,6 +27,7 @@ class Request:
         without: mechanisms of `sss` that `step_time` switches off, one at a time.
         repeats: timings of each row.
         profile: folder of traces; None: no trace.
+        data: what is measured with, as `train --data` names it; None: synthetic.
         say: receives lines of progress.
     """
 
@@ -37,6 +38,7 @@ class Request:
     repeats: int = 5
     profile: Path | None = None
     say: Callable[[str], None] = lambda line: None
+    data: str | None = None
 
     @property
     def name(self) -> str:

@@ -28,7 +28,7 @@ import jax
 
 from sss_jax import config
 from sss_jax.benchmarks import result
-from sss_jax.benchmarks.step_time import synthetic_batch
+from sss_jax.benchmarks.batches import synthetic_batch
 from sss_jax.hlo import Program
 from sss_jax.options import Options
 from sss_jax.train.mesh import make_driver

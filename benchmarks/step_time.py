@@ -1,7 +1,7 @@
 """One training step of every method: `sss-jax bench step_time --config hippocampus`.
 
 Compiles the step of every variant (the method as it is, then with one mechanism switched off at a
-time) on synthetic clips of the configuration's shapes, and times them alternately, so that a change
+time) on clips of the configuration's shapes, and times them alternately, so that a change
 of load hits all. What a mechanism costs is the difference to the step without it.
 `python -m sss_jax.benchmarks.step_time --count` only counts floating-point operations, which needs
 neither time nor memory for the largest network.
@@ -16,10 +16,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import numpy as np
 
 from sss_jax import config, flops
 from sss_jax.benchmarks import result
+from sss_jax.benchmarks.batches import first_batch
 from sss_jax.benchmarks.request import Measured, Request
 from sss_jax.errors import ConfigError
 from sss_jax.options import Options
@@ -80,7 +80,7 @@ def measure(request: Request) -> Measured:
     """Compile and time the step of every variant."""
     steps = {}
     for name, options in variants(request).items():
-        steps[name] = compile_step(name, options)
+        steps[name] = compile_step(name, options, request.data)
         request.say(str(steps[name].facts))
     return Measured(time_all(steps, request.repeats, request.trace("step_time")), {})
 
@@ -123,18 +123,22 @@ def count(options: Options) -> int:
     return flops.count(step, state, batch_fields(options), key_shape())
 
 
-def place(options: Options) -> tuple[Any, tuple[Any, Any, Any]]:
-    """Return the step, not compiled, and its state, batch and key where it wants them."""
+def place(options: Options, data: str | None = None) -> tuple[Any, tuple[Any, Any, Any]]:
+    """Return the step, not compiled, and its state, batch and key where it wants them.
+
+    The batch is the first of `data`, as `--data` names it; synthetic without.
+    """
     model, optimizer, memory, shapes = set_up(options)
     key = root_key(0)
     driver = make_driver(model, options, optimizer, shapes)
     state = driver.create(lambda: state_of(init_all_params(model, options, key), optimizer, memory))
-    return driver.step, (state, driver.place_batch(synthetic_batch(options)), driver.place_key(key))
+    batch = driver.place_batch(first_batch(options, data))
+    return driver.step, (state, batch, driver.place_key(key))
 
 
-def compile_step(name: str, options: Options) -> Compiled:
+def compile_step(name: str, options: Options, data: str | None = None) -> Compiled:
     """Compile the step of one variant and look at what came out."""
-    jitted, args = place(options)
+    jitted, args = place(options, data)
     began = time.monotonic()
     step = jitted.lower(*args).compile()
     seconds = time.monotonic() - began
@@ -147,35 +151,6 @@ def compile_step(name: str, options: Options) -> Compiled:
         "temporary_mib": sizes.temp_size_in_bytes >> 20,
     }
     return Compiled(step, *args, facts)
-
-
-def synthetic_batch(options: Options) -> dict[str, dict[str, np.ndarray]]:
-    """Draw clips with a ball of every class in noise."""
-    rng = np.random.default_rng(0)
-    canvas, side, slices = options.data.canvas, options.model.image_size, options.data.clip_slices
-    size = canvas or side
-    away = np.linspace(-1, 1, size)
-    batch = {}
-    counts = {"labelled": options.train.labelled_batch}
-    if options.semi.enabled:
-        counts["unlabelled"] = options.train.unlabelled_batch
-    for stream, count in counts.items():
-        label = np.zeros((count, slices, size, size), np.int32)
-        for k in range(options.model.num_classes):
-            y, x = rng.uniform(-0.5, 0.5, (2, count, slices, 1, 1))
-            near = (away[:, None] - y) ** 2 + (away - x) ** 2 < 0.1
-            label[near] = k + 1
-        image = 0.3 * label + rng.random(label.shape)
-        batch[stream] = {
-            "image": (image / image.max())[..., None].astype(np.float32),
-            "slice_mask": np.ones((count, slices), bool),
-            "id": np.arange(count, dtype=np.int32),
-        }
-        if canvas:
-            batch[stream]["placement"] = np.tile(np.int32([canvas, side, 0] * 2), (count, 1))
-        if stream == "labelled":
-            batch[stream]["label"] = label
-    return batch
 
 
 def time_all(

@@ -18,6 +18,7 @@ def add(verbs: Any) -> None:
     bench.set_defaults(run=_run)
     bench.add_argument("names", nargs="+", metavar="NAME", help=f"of {_NAMES}; or compare A B")
     bench.add_argument("--config", default="hippocampus", help="as for train")
+    bench.add_argument("--data", help="as for train; default: synthetic data")
     bench.add_argument("--methods", nargs="+", default=[], help="default: the configuration's")
     bench.add_argument(
         "--without",
@@ -62,6 +63,7 @@ def _measure(args: argparse.Namespace) -> int:
         args.repeats,
         args.profile,
         _say,
+        args.data,
     )
     found, text = bench.run(args.names, request)
     if args.output:

@@ -2,15 +2,18 @@
 
 import json
 
+import jax
 import jax.numpy as jnp
+import nibabel as nib
 import numpy as np
 import pytest
 
-from sss_jax import cli
-from sss_jax.benchmarks import counters, parts, programs, schema, step_time
+from sss_jax import cli, config
+from sss_jax.benchmarks import batches, counters, parts, programs, schema, step_time
 from sss_jax.benchmarks.request import Request
 from sss_jax.benchmarks.step_parts import WHOLE, Part
-from sss_jax.models import presets
+from sss_jax.data.synthetic import SplitSizes, write_phantoms
+from sss_jax.models import layers, presets
 
 SMALL = [
     "--config.model.image_size=32",
@@ -22,10 +25,15 @@ SMALL = [
 
 
 @pytest.fixture
-def bench(tmp_path, capsys, monkeypatch):
-    """Call the verb with a small network; return the result that was written, and stdout."""
+def small(monkeypatch):
+    """Make `nano` smaller than it is."""
     nano = presets._PRESETS["nano"] | counters._SMALL
     monkeypatch.setitem(presets._PRESETS, "nano", nano)
+
+
+@pytest.fixture
+def bench(small, tmp_path, capsys):
+    """Call the verb with a small network; return the result that was written, and stdout."""
 
     def call(*words):
         out = tmp_path / "result.json"
@@ -45,7 +53,7 @@ def test_parts_become_a_table_a_file_and_a_trace(bench, monkeypatch, tmp_path):
         Part("product", lambda x: x @ x @ x, (x,), True),
         Part("copy", lambda x: x + 1, (x,), True),
     ]
-    monkeypatch.setattr(parts, "make_parts", lambda options, run: pieces)
+    monkeypatch.setattr(parts, "make_parts", lambda *_: pieces)
     best = parts.ceilings.Ceilings(1e11, 1e10)
     monkeypatch.setattr(parts.ceilings, "measure", lambda dtype: best)
     found, out = bench("parts", "--profile", str(tmp_path / "trace"))
@@ -73,9 +81,57 @@ def test_prediction_and_data_in_one_file(bench):
     assert "predict_rate\n" in out
 
 
-def test_compiling_again_comes_from_the_cache(bench, monkeypatch):
-    import jax
+@pytest.fixture(scope="module")
+def phantoms(tmp_path_factory):
+    """A data folder with 2 labelled and 2 unlabelled subjects."""
+    few = SplitSizes(labelled=2, unlabelled=2, val=1, test=1)
+    return write_phantoms(tmp_path_factory.mktemp("data") / "phantoms", subjects=few)
 
+
+def test_real_data_are_predicted_and_read(bench, phantoms):
+    names = ("predict_rate", "data_rate", "--methods", "supervised")
+    found, _ = bench(*names, "--data", str(phantoms))
+    volume = nib.load(sorted((phantoms / "images").iterdir())[0])
+    slices = {row["slices"] for row in found["rows"] if row["benchmark"] == "predict_rate"}
+    assert slices == {layers.padded_size(volume.shape[-1], 4)}
+    assert {row["data"] for row in found["rows"] if row["benchmark"] == "data_rate"} == {"phantoms"}
+    assert found["data"] == "phantoms"
+
+
+def test_the_first_batch_of_real_data_is_that_of_training(phantoms):
+    words = [word.removeprefix("--config.") for word in SMALL]
+    options = config.load("demo:sss", [*words, "train.unlabelled_batch=2"])
+    batch = batches.first_batch(options, str(phantoms))
+    drawn = batches.synthetic_batch(options)
+    shape = lambda x: x.shape  # noqa: E731
+    assert jax.tree.map(shape, batch) == jax.tree.map(shape, drawn)
+    again = batches.first_batch(options, str(phantoms))
+    assert jax.tree.all(jax.tree.map(np.array_equal, batch, again))
+    assert batch["labelled"]["label"].any()
+    assert not np.array_equal(batch["labelled"]["image"], drawn["labelled"]["image"])
+    alone = config.load("demo:supervised", words)
+    assert list(batches.first_batch(alone, str(phantoms))) == ["labelled"]
+
+
+def test_steps_and_parts_are_measured_with_the_data_named(small, phantoms, monkeypatch):
+    seen = []
+
+    def note(options, data):
+        seen.append(data)
+        raise InterruptedError
+
+    words = tuple(word.removeprefix("--config.") for word in SMALL)
+    request = Request("demo:supervised", words, data=str(phantoms))
+    for module, measure in ((parts, parts.measure), (step_time, step_time.measure)):
+        monkeypatch.setattr(module, "first_batch", note)
+        with pytest.raises(InterruptedError):
+            measure(request)
+    with pytest.raises(InterruptedError):
+        next(programs.programs(request))
+    assert seen == 3 * [str(phantoms)]
+
+
+def test_compiling_again_comes_from_the_cache(bench, monkeypatch):
     jitted = jax.jit(lambda x: jnp.sin(x @ x) @ x)
     program = programs.Program("sss: step", jitted, (np.ones((64, 64), np.float32),))
     monkeypatch.setattr(programs, "programs", lambda request: iter([program]))
@@ -105,10 +161,11 @@ def test_every_method_and_mechanism_is_a_variant():
         (["parts", "--repeats", "0"], "--repeats 0"),
         (["parts", "--methods", "magic"], "magic"),
         (["step_time", "--without", "magic"], "magic"),
+        (["predict_rate", "--data", "nowhere"], "nowhere"),
     ],
 )
 def test_what_does_not_exist_is_refused(words, message, capsys):
-    assert cli.main(["bench", *words]) == 2
+    assert cli.main(["bench", *words]) == (1 if "nowhere" in words else 2)
     assert message in capsys.readouterr().err
 
 

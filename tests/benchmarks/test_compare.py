@@ -83,6 +83,7 @@ def test_what_one_side_lacks_is_named(verdict):
     [
         (lambda d: d.update(device="TPU v5e"), "device"),
         (lambda d: d.update(settings=["model.image_size=32"]), "settings"),
+        (lambda d: d.update(data="hippocampus"), "data"),
         (lambda d: d["versions"].update(jaxlib="0.0.1"), "jaxlib"),
     ],
 )

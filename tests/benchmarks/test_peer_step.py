@@ -18,7 +18,7 @@ from sss_jax.benchmarks import (  # noqa: E402
     torch_step,
     torch_views,
 )
-from sss_jax.benchmarks.step_time import synthetic_batch  # noqa: E402
+from sss_jax.benchmarks.batches import synthetic_batch  # noqa: E402
 from sss_jax.models.presets import preset  # noqa: E402
 from sss_jax.models.sss import SSSModel  # noqa: E402
 from sss_jax.options import (  # noqa: E402
