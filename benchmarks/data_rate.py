@@ -91,7 +91,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         settings={"clip_slices": CLIP, "labelled": LABELLED, "unlabelled": UNLABELLED},
         cores_allowed=len(os.sched_getaffinity(0)),
         keeps_freed_memory=keeps,
-        malloc=os.environ.get("GLIBC_TUNABLES"),
     )
     return 0
 

@@ -1,7 +1,8 @@
-"""What keeping freed memory gives a step: `python -m sss_jax.benchmarks.kept_memory -o FILE`.
+"""What other ways to hand out memory give: `python -m sss_jax.benchmarks.kept_memory -o FILE`.
 
-The same steps run in processes of their own, in turn with the C library as it is and as
-`sss_jax.process` sets it (SSS_JAX_KEEP_MEMORY=1). Losses must be equal, bit for bit.
+The same steps run in processes of their own, in turn with the C library as it is (`usual`), as
+`sss_jax.process` sets it (`kept`: SSS_JAX_KEEP_MEMORY=1), and with large pages (`huge`:
+GLIBC_TUNABLES=glibc.malloc.hugetlb=1). Losses must be equal, bit for bit.
 """
 
 import argparse
@@ -21,7 +22,8 @@ import jax
 from sss_jax import config, process
 from sss_jax.benchmarks import result, step_time
 
-WAYS = ("usual", "kept")
+WAYS = ("usual", "kept", "huge")
+LARGE_PAGES = "glibc.malloc.hugetlb=1"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -67,7 +69,7 @@ def _faults() -> int:
 
 
 def compare(name: str, changes: Sequence[str], count: int, repeats: int) -> dict[str, Any]:
-    """Time both ways in turn.
+    """Time all ways in turn.
 
     Raises:
         SystemExit: a process failed, or the losses differ.
@@ -85,8 +87,10 @@ def compare(name: str, changes: Sequence[str], count: int, repeats: int) -> dict
         row[f"{way}_s"] = result.summary([s for run in runs[way] for s in run["seconds"]])
         row[f"{way}_faults"] = max(max(run["faults"]) for run in runs[way])
         row[f"{way}_peak_mib"] = runs[way][-1]["peak_mib"]  # the first of all compiled, too
-    ratio = row["usual_s"]["median"] / row["kept_s"]["median"]
-    return {**row, "speedup": round(ratio, 2)}
+    for way in WAYS[1:]:
+        ratio = row["usual_s"]["median"] / row[f"{way}_s"]["median"]
+        row[f"{way}_speedup"] = round(ratio, 2)
+    return row
 
 
 def _run(way: str, name: str, changes: Sequence[str], count: int, cache: str) -> dict[str, Any]:
@@ -94,6 +98,8 @@ def _run(way: str, name: str, changes: Sequence[str], count: int, cache: str) ->
     command += ["--steps", str(count), "--set", *changes]
     environment = os.environ | {"JAX_COMPILATION_CACHE_DIR": cache}
     environment.pop("GLIBC_TUNABLES", None)
+    if way == "huge":
+        environment["GLIBC_TUNABLES"] = LARGE_PAGES
     done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=False)
     if done.returncode:
         raise SystemExit(f"kept_memory: the process {way!r} ended with {done.returncode}")

@@ -86,6 +86,7 @@ def environment() -> dict[str, Any]:
         "processor": _processor(),
         "cores": os.cpu_count(),
         "cores_allowed": cores_allowed(),
+        "malloc": os.environ.get("GLIBC_TUNABLES"),
         "load_before": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
         "python": platform.python_version(),
         "versions": {name: _version(name) for name in PACKAGES},
