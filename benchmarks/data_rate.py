@@ -68,7 +68,8 @@ class Work:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Measure and write."""
-    keeps = argv is None and process.set_up()  # as `sss-jax train` does
+    if argv is None:
+        process.set_up()  # as `sss-jax train` does
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument(
         "--data", nargs="+", required=True, metavar="FOLDER=SIZE[,SIZE]", help="sizes in pixels"
@@ -90,7 +91,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         **measured.more,
         settings={"clip_slices": CLIP, "labelled": LABELLED, "unlabelled": UNLABELLED},
         cores_allowed=len(os.sched_getaffinity(0)),
-        keeps_freed_memory=keeps,
     )
     return 0
 

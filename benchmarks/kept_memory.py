@@ -1,8 +1,8 @@
 """What other ways to hand out memory give: `python -m sss_jax.benchmarks.kept_memory -o FILE`.
 
-The same steps run in processes of their own, in turn with the C library as it is (`usual`), as
-`sss_jax.process` sets it (`kept`: SSS_JAX_KEEP_MEMORY=1), and with large pages (`huge`:
-GLIBC_TUNABLES=glibc.malloc.hugetlb=1). Losses must be equal, bit for bit.
+The same steps run in processes of their own, in turn with the C library as it is (`usual`), with
+large pages (`huge`, as our programs have them), with freed memory kept (`kept`), and with `both`
+(SSS_JAX_KEEP_MEMORY=1). Losses must be equal, bit for bit.
 """
 
 import argparse
@@ -22,8 +22,12 @@ import jax
 from sss_jax import config, process
 from sss_jax.benchmarks import result, step_time
 
-WAYS = ("usual", "kept", "huge")
-LARGE_PAGES = "glibc.malloc.hugetlb=1"
+WAYS = {
+    "usual": {},
+    "huge": process.HUGE,
+    "kept": process.KEPT,
+    "both": process.HUGE | process.KEPT,
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -37,7 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--as", dest="way", choices=WAYS, help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     if args.way:
-        print(json.dumps(steps(args.config, args.set, args.steps, keep=args.way == "kept")))
+        print(json.dumps(steps(args.config, args.set, args.steps)))
         return 0
     row = compare(args.config, args.set, args.steps, args.repeats)
     print(json.dumps(row, indent=2))
@@ -46,10 +50,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def steps(name: str, changes: Sequence[str], count: int, *, keep: bool) -> dict[str, Any]:
+def steps(name: str, changes: Sequence[str], count: int) -> dict[str, Any]:
     """Time some steps of this process, the first apart."""
-    if keep and not process.keep_freed_memory():
-        raise SystemExit("kept_memory: the C library is not glibc, there is nothing to compare")
     jitted, (state, batch, key) = step_time.place(config.load(name, changes))
     step = jitted.lower(state, batch, key).compile()
     seconds, faults, losses = [], [], []
@@ -87,7 +89,7 @@ def compare(name: str, changes: Sequence[str], count: int, repeats: int) -> dict
         row[f"{way}_s"] = result.summary([s for run in runs[way] for s in run["seconds"]])
         row[f"{way}_faults"] = max(max(run["faults"]) for run in runs[way])
         row[f"{way}_peak_mib"] = runs[way][-1]["peak_mib"]  # the first of all compiled, too
-    for way in WAYS[1:]:
+    for way in list(WAYS)[1:]:
         ratio = row["usual_s"]["median"] / row[f"{way}_s"]["median"]
         row[f"{way}_speedup"] = round(ratio, 2)
     return row
@@ -96,10 +98,8 @@ def compare(name: str, changes: Sequence[str], count: int, repeats: int) -> dict
 def _run(way: str, name: str, changes: Sequence[str], count: int, cache: str) -> dict[str, Any]:
     command = [sys.executable, "-m", __spec__.name, "--as", way, "--config", name]
     command += ["--steps", str(count), "--set", *changes]
-    environment = os.environ | {"JAX_COMPILATION_CACHE_DIR": cache}
-    environment.pop("GLIBC_TUNABLES", None)
-    if way == "huge":
-        environment["GLIBC_TUNABLES"] = LARGE_PAGES
+    environment = os.environ | {"JAX_COMPILATION_CACHE_DIR": cache, "GLIBC_TUNABLES": ""}
+    environment = process.with_settings(environment, WAYS[way])
     done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=False)
     if done.returncode:
         raise SystemExit(f"kept_memory: the process {way!r} ended with {done.returncode}")

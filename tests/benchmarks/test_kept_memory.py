@@ -16,7 +16,7 @@ HUGE = RUN | {"seconds": [1.5, 2.5], "faults": [5, 6]}
 @pytest.fixture
 def runs(monkeypatch):
     """What the processes of each way answer."""
-    found = {"usual": RUN, "kept": KEPT, "huge": HUGE}
+    found = {"usual": RUN, "kept": KEPT, "huge": HUGE, "both": KEPT}
     monkeypatch.setattr(kept_memory, "_run", lambda way, *rest: found[way])
     return found
 
@@ -30,7 +30,8 @@ def test_a_row_compares_medians(runs, tmp_path, capsys):
     assert (row["usual_peak_mib"], row["kept_peak_mib"]) == (100, 90)
 
 
-def test_large_pages_are_asked_for_before_the_process_starts(monkeypatch):
+def test_memory_is_settled_before_a_process_starts(monkeypatch):
+    monkeypatch.setenv("GLIBC_TUNABLES", "glibc.malloc.perturb=7")
     seen = {}
 
     def run(command, env, **rest):
@@ -40,7 +41,10 @@ def test_large_pages_are_asked_for_before_the_process_starts(monkeypatch):
     monkeypatch.setattr(kept_memory.subprocess, "run", run)
     monkeypatch.setattr(kept_memory, "__spec__", importlib.util.find_spec(kept_memory.__name__))
     kept_memory.compare("demo", [], 1, 1)
-    assert seen == {"usual": None, "kept": None, "huge": kept_memory.LARGE_PAGES}
+    kept = "glibc.malloc.arena_max=1:glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold="
+    huge, most = "glibc.malloc.hugetlb=1", str(2**62)
+    both = f"{huge}:{kept}{most}"
+    assert seen == {"usual": "", "kept": kept + most, "huge": huge, "both": both}
 
 
 def test_other_losses_are_no_result(runs):
