@@ -30,7 +30,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from sss_jax import flops, process
+from sss_jax import flops
 from sss_jax.axes import PyTree
 from sss_jax.benchmarks import race, result
 from sss_jax.benchmarks.batches import synthetic_batch
@@ -57,7 +57,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Measure and write."""
     args = _parser().parse_args(argv)
     if argv is None:
-        process.set_up()  # as `sss-jax train` does; both sides get large pages
+        race.keep_memory()
     race.share_device(args.device)
     settings = {key: value for key, value in vars(args).items() if key != "output"}
     settings["float32_products"] = "TF32 where the GPU has it" if args.device == "cuda" else "full"

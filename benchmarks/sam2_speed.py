@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sss_jax import compiling, process
+from sss_jax import compiling
 from sss_jax.benchmarks import ceilings, race, result
 from sss_jax.models import memory_bank, tracking
 from sss_jax.models.sam2 import Sam2
@@ -41,7 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("-o", "--output", type=Path, required=True)
     args = parser.parse_args(argv)
     if argv is None:
-        process.set_up()  # as the command line does; both sides get large pages
+        race.keep_memory()
     race.share_device(args.device)
     race.keep_compilations()
     best = ceilings.measure(args.dtype)
