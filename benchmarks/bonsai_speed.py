@@ -35,6 +35,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("-o", "--output", type=Path, required=True)
     args = parser.parse_args(argv)
+    if argv is None:
+        race.keep_memory()
     rows = []
     for variant in args.variants:
         for row in measure(preset(variant, args.size, memory=False), args.repeats):
