@@ -12,6 +12,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
 from sss_jax.axes import Array, Bool, Float
@@ -53,15 +54,17 @@ def attention(
     k: Float[Array, "... M heads d"],
     v: Float[Array, "... M heads d"],
     valid: Bool[Array, "... M"] | None = None,
+    times: Float[np.ndarray, " M"] | None = None,
 ) -> Float[Array, "... N heads d"]:
     """Attention with float32 softmax, all logits at once.
 
     Leading axes of size 1 broadcast without being copied. `valid` switches keys off; at least one
-    key of every row must be on.
+    key of every row must be on. `times` says how many equal keys each of them stands for.
     """
     q = q * q.shape[-1] ** -0.5
     q, k, v = (jnp.swapaxes(x, -2, -3) for x in (q, k, v))
-    return jnp.swapaxes(_whole(q, k, v, None if valid is None else valid[..., None, :]), -2, -3)
+    on = None if valid is None else valid[..., None, :]
+    return jnp.swapaxes(_whole(q, k, v, on, times), -2, -3)
 
 
 def large_attention(
@@ -143,8 +146,12 @@ def block_size(queries: int, keys: int, limit: int) -> int:
     return attention_kernel.largest_divisor(queries, max(limit // keys, SMALLEST_BLOCK))
 
 
-def _whole(q: Array, k: Array, v: Array, valid: Array | None) -> Array:
+def _whole(
+    q: Array, k: Array, v: Array, valid: Array | None, times: np.ndarray | None = None
+) -> Array:
     logits = _batched("...nd,...md->...nm", q, k, jnp.float32)
+    if times is not None:
+        logits = logits + np.log(times).reshape((1,) * (logits.ndim - 1) + times.shape)
     if valid is not None:
         logits = jnp.where(valid[..., None, :], logits, OFF)
     weights = jax.nn.softmax(logits, axis=-1).astype(v.dtype)

@@ -19,8 +19,9 @@ from sss_jax.models import (
     repeats,
     window_block_kernel,
     window_kernel,
+    windows,
 )
-from sss_jax.models.attention import ATTENDED, KEEPS, attention, large_attention
+from sss_jax.models.attention import ATTENDED, KEEPS, large_attention
 from sss_jax.models.initial import initialiser
 from sss_jax.models.mlp import Projection
 from sss_jax.models.presets import Sam2Config
@@ -86,32 +87,24 @@ class WindowAttention(nn.Module):
         projection = Projection(3 * self.width, name="qkv")(x.shape[-1])
         kernel, bias = (a.astype(self.dtype) for a in projection)
         shape = (self.window, self.heads, self.pool)
-        if self.window and self.kernels:
+        if not self.window:
+            y = _attend_everywhere(x, kernel, bias, self.heads, self.pool, self.kernels)
+        elif self.kernels:
             y = _attend_in_kernel(x, kernel, bias, *shape)
         else:
-            y = _attend(x, kernel, bias, *shape, self.kernels)
-        if self.window:
-            half = 2 if self.pool else 1
-            y = layers.window_merge(y, x.shape[1] // half, x.shape[2] // half)
+            y = windows.attend(layers.linear(x, kernel), bias, *shape)
         return layers.Dense(self.width, self.dtype, name="proj")(y)
 
 
-def _attend(
-    x_BHWC: Array, kernel: Array, bias: Array, window: int, heads: int, pool: bool, kernels: bool
+def _attend_everywhere(
+    x_BHWC: Array, kernel: Array, bias: Array, heads: int, pool: bool, kernels: bool
 ) -> Array:
-    """Project and attend, inside windows that become the batch, or everywhere (window 0)."""
-    qkv = layers.linear(x_BHWC, kernel)
-    if window:
-        # Padding before the bias is added equals padding the input, without projecting zeros.
-        qkv = layers.pad_to_windows(qkv, window)
-    qkv = layers.add_bias(qkv, bias)
-    if window:
-        qkv = layers.window_partition(qkv, window)
-    q, k, v = jnp.split(qkv, 3, axis=-1)
-    q = layers.max_pool(q) if pool else q
+    qkv = layers.add_bias(layers.linear(x_BHWC, kernel), bias)
+    q, k, v = windows.split_qkv(qkv, pool)
     n, h, w, width = q.shape
-    q, k, v = (layers.split_heads(a.reshape(n, -1, width), heads) for a in (q, k, v))
-    y = _attend_inside(q, k, v) if window else _attend_everywhere(q, k, v, kernels)
+    q = q * (width // heads) ** -0.5
+    q, k, v = (jnp.swapaxes(windows.tokens(a, heads), 1, 2) for a in (q, k, v))
+    y = jnp.swapaxes(large_attention(q, k, v, kernels=kernels), 1, 2)
     return layers.merge_heads(y).reshape(n, h, w, width)
 
 
@@ -128,16 +121,17 @@ def _attend_in_kernel(
     ]
     if pool:
         projections[0] = _pool_corners(projections[0])
-    y = window_kernel.attend(tuple(projections), heads, group)
-    side = window // 2 if pool else window
-    return checkpoint_name(y, ATTENDED).reshape(-1, side, group * side, width)
+    y = checkpoint_name(window_kernel.attend(tuple(projections), heads, group), ATTENDED)
+    half = 2 if pool else 1
+    y = y.reshape(-1, window // half, group * window // half, width)
+    return windows.merge(y, x_BHWC.shape[1] // half, x_BHWC.shape[2] // half)
 
 
 def _windows_in_rows(x_BHWC: Array, window: int, pool: bool) -> tuple[Array, int]:
     """Groups of windows as the kernels take them, [G, rows, C], and how many make a group."""
-    x = layers.pad_to_windows(x_BHWC, window)
+    x = windows.pad(x_BHWC, window)
     group = _group_size(x.shape, window, pool)
-    return layers.in_rows(layers.group_windows(x, window, group, pool)), group
+    return layers.in_rows(windows.group(x, window, group, pool)), group
 
 
 def _group_size(shape: tuple[int, ...], window: int, pool: bool) -> int:
@@ -156,16 +150,7 @@ def _pool_in_windows(project: nn.Module, x_BHWC: Array, window: int) -> Array:
     rows, group = _windows_in_rows(x_BHWC, window, True)
     y = _pool_corners(layers.in_rows(project(rows)))
     y = y.reshape(-1, window // 2, group * window // 2, y.shape[-1])
-    return layers.window_merge(y, x_BHWC.shape[1] // 2, x_BHWC.shape[2] // 2)
-
-
-def _attend_inside(q: Array, k: Array, v: Array) -> Array:
-    return checkpoint_name(attention(q, k, v), ATTENDED)
-
-
-def _attend_everywhere(q: Array, k: Array, v: Array, kernels: bool) -> Array:
-    q, k, v = (jnp.swapaxes(x, 1, 2) for x in (q * q.shape[-1] ** -0.5, k, v))
-    return jnp.swapaxes(large_attention(q, k, v, kernels=kernels), 1, 2)
+    return windows.merge(y, x_BHWC.shape[1] // 2, x_BHWC.shape[2] // 2)
 
 
 class Block(nn.Module):
@@ -259,7 +244,7 @@ class Block(nn.Module):
         y = checkpoint_name(window_block_kernel.attend(rows, weights, form), ATTENDED)
         half = 2 if self.pool else 1
         y = y.reshape(-1, self.window // half, group * self.window // half, self.width)
-        return layers.in_rows(layers.window_merge(y, height // half, width // half))
+        return layers.in_rows(windows.merge(y, height // half, width // half))
 
 
 class _Around(nn.Module):

@@ -57,34 +57,6 @@ def padded_size(size: int, window: int) -> int:
     return -(-size // window) * window
 
 
-def pad_to_windows(x_BHWC: Float[Array, "B H W C"], window: int) -> Float[Array, "B Hp Wp C"]:
-    """Append zeros below and to the right until windows tile the map."""
-    _, h, w, _ = x_BHWC.shape
-    below, right = padded_size(h, window) - h, padded_size(w, window) - w
-    if below == right == 0:
-        return x_BHWC
-    return jnp.pad(x_BHWC, ((0, 0), (0, below), (0, right), (0, 0)))
-
-
-def window_partition(
-    x_BHWC: Float[Array, "B H W C"], window: int
-) -> Float[Array, "Bw window window C"]:
-    """Cut a map, whose sides are multiples of `window`, into windows folded into the batch."""
-    b, h, w, c = x_BHWC.shape
-    x = x_BHWC.reshape(b, h // window, window, w // window, window, c)
-    return x.transpose(0, 1, 3, 2, 4, 5).reshape(-1, window, window, c)
-
-
-def window_merge(
-    windows: Float[Array, "Bw rows columns C"], height: int, width: int
-) -> Float[Array, "B H W C"]:
-    """Undo `window_partition`, of windows of any sides, and crop to `height` x `width`."""
-    _, rows, columns, c = windows.shape
-    down, across = -(-height // rows), -(-width // columns)
-    x = windows.reshape(-1, down, across, rows, columns, c).transpose(0, 1, 3, 2, 4, 5)
-    return x.reshape(-1, down * rows, across * columns, c)[:, :height, :width]
-
-
 def max_pool(x_BHWC: Float[Array, "B H W C"]) -> Float[Array, "B h w C"]:
     """Maximum over 2x2 cells, stride 2; the sides must be even."""
     b, h, w, c = x_BHWC.shape
@@ -97,26 +69,6 @@ def in_rows(x: Float[Array, "..."]) -> Float[Array, "..."]:
     Left to itself XLA chooses orders for products and copies the results, which are wider.
     """
     return with_layout_constraint(x, Layout(tuple(range(x.ndim))))
-
-
-def group_windows(
-    x_BHWC: Float[Array, "B H W C"], window: int, group: int, corners: bool
-) -> Float[Array, "Bg rows C"]:
-    """Cut a map into blocks of several windows side by side, each block line by line.
-
-    Args:
-        x_BHWC: a map whose sides are multiples of `window`.
-        window: side of a window.
-        group: windows in a block.
-        corners: sort a block by corner of its 2x2 cells first, so that the maximum over its four
-            quarters pools it.
-    """
-    b, h, _, c = x_BHWC.shape
-    corner = 2 if corners else 1
-    cells = window // corner
-    x = x_BHWC.reshape(b, h // window, cells, corner, -1, group * cells, corner, c)
-    x = x.transpose(0, 1, 4, 3, 6, 2, 5, 7)
-    return x.reshape(-1, group * window**2, c)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))

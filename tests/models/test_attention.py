@@ -53,6 +53,14 @@ def test_attention_follows_the_definition(shared):
         np.testing.assert_allclose(every[b, object_], expected, atol=2e-6)
 
 
+def test_a_key_that_counts_often_is_as_many_keys():
+    q, k, v = normal(0, 1, 3, 2, 4), normal(1, 1, 3, 2, 4), normal(2, 1, 3, 2, 4)
+    times = np.array([1, 5, 2], np.float32)
+    y = attention(q, k, v, times=times)
+    many = (np.repeat(x, times.astype(int), axis=1) for x in (k, v))
+    np.testing.assert_allclose(y, attention(q, *many), atol=2e-6)
+
+
 def test_attention_ignores_what_is_switched_off():
     q, k, v = normal(0, 1, 3, 1, 4), normal(1, 1, 6, 1, 4), normal(2, 1, 6, 1, 4)
     valid = np.array([[True, True, False, True, False, False]])

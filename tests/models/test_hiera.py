@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sss_jax.models import layers
+from sss_jax.models import layers, windows
 from sss_jax.models.hiera import Block, Hiera, WindowAttention, block_table
 from sss_jax.models.presets import Sam2Config, preset
 
@@ -74,7 +74,10 @@ def plain_window_attention(params, x, window, heads, pool):
     ("height", "width", "window", "pool"),
     [(8, 8, 4, False), (6, 10, 4, False), (6, 10, 4, True), (8, 4, 4, True), (2, 2, 6, True)],
 )
-def test_padding_tokens_attend(height, width, window, pool):
+@pytest.mark.parametrize("waste", [1.0, windows.WASTE, 100.0])
+def test_padding_tokens_attend(monkeypatch, waste, height, width, window, pool):
+    """Also where the map is always, and never, cut instead of padded."""
+    monkeypatch.setattr(windows, "WASTE", waste)
     x = normal(0, 2, height, width, 6)
     module = WindowAttention(8, 2, window, pool, jnp.float32)
     params = random_like(init_shapes(module, x))

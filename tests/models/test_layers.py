@@ -13,32 +13,6 @@ def normal(seed, *shape):
     return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
 
 
-@pytest.mark.parametrize(
-    ("height", "width", "window"), [(6, 9, 3), (5, 7, 4), (1, 1, 5), (8, 3, 1), (4, 4, 4)]
-)
-def test_windows_round_trip(height, width, window):
-    x = normal(0, 2, height, width, 3)
-    windows = layers.window_partition(layers.pad_to_windows(x, window), window)
-    count = -(-height // window) * -(-width // window)
-    assert windows.shape == (2 * count, window, window, 3)
-    np.testing.assert_array_equal(layers.window_merge(windows, height, width), x)
-
-
-def test_windows_are_contiguous_squares():
-    x = normal(0, 2, 6, 9, 1)
-    windows = layers.window_partition(x, 3)
-    for index, (b, row, col) in enumerate(np.ndindex(2, 2, 3)):
-        square = x[b, 3 * row : 3 * row + 3, 3 * col : 3 * col + 3]
-        np.testing.assert_array_equal(windows[index], square)
-
-
-def test_padding_is_zero_and_below_right():
-    padded = layers.pad_to_windows(jnp.ones((1, 5, 8, 1)), 4)
-    assert padded.shape == (1, 8, 8, 1)
-    np.testing.assert_array_equal(padded[0, :5], 1)
-    np.testing.assert_array_equal(padded[0, 5:], 0)
-
-
 def test_gelu_is_exact_with_its_derivative():
     x = np.linspace(-12, 12, 401)
     cdf = 0.5 * (1 + erf(x / np.sqrt(2)))

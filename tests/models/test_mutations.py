@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 
 from sss_jax.models import (
-    hiera,
     layers,
     memory_attention,
     memory_encoder,
@@ -20,6 +19,7 @@ from sss_jax.models import (
     position,
     sam2,
     transformer,
+    windows,
 )
 from sss_jax.models.prompt_encoder import PromptEncoder
 from tests.models import golden
@@ -179,14 +179,20 @@ def padding_masked(patch):
     """Equal keys at the end of a window are its padding."""
 
     def mask(f):
-        def masked(q, k, v, valid=None):
+        def masked(q, k, v, times):
             same = jnp.all(k == k[..., -1:, :, :], axis=(-2, -1))
             padding = same & (same.sum(-1, keepdims=True) > 1)
-            return f(q, k, v, ~padding if valid is None else valid)
+            return f(q, k, v, ~padding, times)
 
         return masked
 
-    wrapped(patch, hiera, "attention", mask)
+    patch.setattr(windows, "WASTE", 1e9)
+    wrapped(patch, windows, "attention", mask)
+
+
+def padding_counted_once(patch):
+    patch.setattr(windows, "WASTE", 1.0)
+    wrapped(patch, windows, "attention", lambda f: lambda q, k, v, times: f(q, k, v))
 
 
 def box_without_padding_point(patch):
@@ -288,6 +294,7 @@ CODE = {
     rotation_dropped: (golden.attention, "memory attention"),
     pointers_rotated: (golden.attention, "memory attention"),
     padding_masked: (golden.encoder, "features 2"),
+    padding_counted_once: (golden.encoder, "features 2"),
     box_without_padding_point: (golden.decoder, "mask logits"),
     bicubic_with_a_half: (golden.encoder, "features 0"),
     same_padding: (golden.encoder, "features 0"),

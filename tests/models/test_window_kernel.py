@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sss_jax.models import hiera, layers, window_block_kernel, window_kernel
+from sss_jax.models import hiera, window_block_kernel, window_kernel, windows
 from sss_jax.models.window_kernel import attend, group_of_windows
 
 
@@ -87,13 +87,13 @@ def test_windows_side_by_side_are_grouped_where_their_tokens_fill_tiles():
 def test_blocks_hold_whole_windows_whose_corners_can_come_first():
     """The map numbers its pixels; four rows of two windows of 4 x 4 make a block."""
     x = jnp.arange(2 * 8 * 16.0).reshape(2, 8, 16, 1)
-    plain = layers.group_windows(x, 4, 2, False)
+    plain = windows.group(x, 4, 2, False)
     np.testing.assert_array_equal(plain[1, :, 0], x[0, :4, 8:].ravel())
-    corners = layers.group_windows(x, 4, 2, True)
+    corners = windows.group(x, 4, 2, True)
     np.testing.assert_array_equal(
         corners[1].reshape(4, 8), [x[0, i:4:2, 8 + j :: 2].ravel() for i in (0, 1) for j in (0, 1)]
     )
-    merged = layers.window_merge(plain.reshape(-1, 4, 8, 1), 8, 16)
+    merged = windows.merge(plain.reshape(-1, 4, 8, 1), 8, 16)
     np.testing.assert_array_equal(merged, x)
 
 
