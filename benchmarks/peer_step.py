@@ -50,7 +50,7 @@ from sss_jax.train.step import make_train_step, root_key
 
 STEPS = ("fine-tuning", "semi-supervised")
 WARM_UP = 2
-"""Calls before ours is timed: the state that the first returns lies elsewhere than the one given."""
+"""Calls of ours before it is timed: the second still takes fresh memory, for the first state."""
 DECIDED = 40.0
 """Factor of the coarse head's last kernel: random weights then decide, so PCSW has masks."""
 
