@@ -123,8 +123,8 @@ def _attend_in_kernel(
         projections[0] = _pool_corners(projections[0])
     y = checkpoint_name(window_kernel.attend(tuple(projections), heads, group), ATTENDED)
     half = 2 if pool else 1
-    y = y.reshape(-1, window // half, group * window // half, width)
-    return windows.merge(y, x_BHWC.shape[1] // half, x_BHWC.shape[2] // half)
+    size = x_BHWC.shape[1] // half, x_BHWC.shape[2] // half
+    return windows.ungroup(y, window // half, group, *size)
 
 
 def _windows_in_rows(x_BHWC: Array, window: int, pool: bool) -> tuple[Array, int]:
@@ -149,8 +149,7 @@ def _pool_in_windows(project: nn.Module, x_BHWC: Array, window: int) -> Array:
     """Project a map and pool it, from the windows that the block attends in."""
     rows, group = _windows_in_rows(x_BHWC, window, True)
     y = _pool_corners(layers.in_rows(project(rows)))
-    y = y.reshape(-1, window // 2, group * window // 2, y.shape[-1])
-    return windows.merge(y, x_BHWC.shape[1] // 2, x_BHWC.shape[2] // 2)
+    return windows.ungroup(y, window // 2, group, x_BHWC.shape[1] // 2, x_BHWC.shape[2] // 2)
 
 
 class Block(nn.Module):
@@ -243,8 +242,8 @@ class Block(nn.Module):
         )
         y = checkpoint_name(window_block_kernel.attend(rows, weights, form), ATTENDED)
         half = 2 if self.pool else 1
-        y = y.reshape(-1, self.window // half, group * self.window // half, self.width)
-        return layers.in_rows(windows.merge(y, height // half, width // half))
+        size = height // half, width // half
+        return layers.in_rows(windows.ungroup(y, self.window // half, group, *size))
 
 
 class _Around(nn.Module):

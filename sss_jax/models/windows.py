@@ -67,6 +67,16 @@ def group(
     return x.reshape(-1, count * window**2, c)
 
 
+def ungroup(
+    blocks: Float[Array, "Bg rows C"], side: int, count: int, height: int, width: int
+) -> Float[Array, "B H W C"]:
+    """Undo `group` of `count` windows, not sorted by corner, and crop to `height` x `width`.
+
+    `side` is that of the windows now: half of what it was where they were pooled.
+    """
+    return merge(blocks.reshape(-1, side, count * side, blocks.shape[-1]), height, width)
+
+
 def attend(
     qkv_BHWC: Float[Array, "B H W 3E"],
     bias: Float[Array, " 3E"],
