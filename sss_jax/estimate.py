@@ -1,13 +1,12 @@
 """What a run would need on machines that are not here: memory, operations, exchanges, time.
 
-The step is compiled ahead of time for a named TPU slice by TPU's own compiler, on a CPU. Sizes,
+The step is compiled ahead of time for named TPUs or GPUs by their own compiler, on a CPU. Sizes,
 operations, bytes and exchanges are those of the compiled program. Times are a projection: every
 kernel is given the larger of its operations at the chip's peak and its bytes at the memory's
 bandwidth, and exchanges are added as if nothing ran beside them. Nothing was measured on a chip.
 """
 
 import dataclasses
-import os
 import re
 import time
 from collections.abc import Callable
@@ -16,6 +15,7 @@ from typing import Any
 import jax
 
 from sss_jax import flops, roofline
+from sss_jax.compilers import devices_of
 from sss_jax.errors import ConfigError
 from sss_jax.estimate_report import Estimate, Memory, Projection
 from sss_jax.hlo import Collective, Cost, Program
@@ -48,8 +48,8 @@ def estimate(
 
     Args:
         options: all settings.
-        name: topology, such as `v5e-16`, `v5p-64`, `2xv5e-16`; GPUs (`h100-8`) cannot be compiled
-            for without one, so only what needs no compiler is returned for them.
+        name: topology, such as `v5e-16`, `v5p-64`, `2xv5e-16`, `h100-8`. Where there is no
+            compiler for GPUs, only what needs none is returned for them.
         clips: labelled and unlabelled clips per device; by default the configuration's batch.
         quick: compile with the least effort, several times as fast.
         report: receives lines of progress.
@@ -63,11 +63,11 @@ def estimate(
     options = options if clips is None else with_clips(options, clips * shards)
     options = _for_platform(options, "tpu" if topology.is_tpu else "gpu")
     sharding.check_batches(options.train, shards, semi=options.semi.enabled)
+    devices = _devices(topology, report)  # before JAX looks for those that are here
     setup = set_up(options)
     plain = _counted(setup, options, name, topology, axes)
-    if not topology.is_tpu:
+    if not devices:
         return plain
-    devices = tpu_devices(topology)
     report(f"compiling for {name}, {options.train.labelled_batch // shards} clips a device ...")
     began = time.monotonic()
     compiled = _compile(setup, options, devices, quick=quick)
@@ -125,29 +125,15 @@ def with_clips(options: Options, clips: int) -> Options:
     return dataclasses.replace(options, train=train)
 
 
-def tpu_devices(topology: Topology) -> list[Any]:
-    """Return the devices of a slice that is not here.
-
-    Raises:
-        ConfigError: TPU's compiler is not installed.
-    """
-    # Without these the compiler looks for a TPU, its metadata server, or other compilers.
-    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
-    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
-    os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-4")
-    os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
-    from jax.experimental import topologies
-
-    shape = f"{topology.chip.name}:{topology.grid}"
-    slices = {"num_slices": topology.slices} if topology.slices > 1 else {}
+def _devices(topology: Topology, report: Callable[[str], None]) -> list[Any]:
+    """Devices to compile for; of GPUs none, which is said, where there is no compiler."""
     try:
-        found = topologies.get_topology_desc(platform="tpu", topology_name=shape, **slices)
-    except Exception as error:  # the plug-in raises what it likes
-        raise ConfigError(
-            f"no compiler for TPU ({str(error).splitlines()[0][:160]}); "
-            "install it with: pip install libtpu"
-        ) from None
-    return list(found.devices)
+        return devices_of(topology)
+    except ConfigError as error:
+        if topology.is_tpu:
+            raise
+        report(str(error))
+        return []
 
 
 def _counted(

@@ -96,7 +96,7 @@ def render(found: Estimate) -> str:
     """Write an estimate as text."""
     lines = _work(found)
     if found.memory is None:
-        lines.append("not compiled: that needs this kind of device; memory and time are unknown")
+        lines.append("not compiled, for want of a compiler: memory and time are unknown")
         return "\n".join(lines)
     lines.append(_fit(found, found.memory))
     if found.projection is not None:

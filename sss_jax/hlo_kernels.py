@@ -13,6 +13,8 @@ _DIMS = re.compile(r"dim_labels=(\w+)_(\w+)->(\w+)")
 _CONTRACTED = re.compile(r"lhs_contracting_dims=\{([\d,]*)\}")
 _PRECISION = re.compile(r"operand_precision=\{([\w,]+)\}")
 _RISING = ("default", "high", "highest")
+# Convolutions as calls of cuDNN: which array plays which part in the convolution they belong to.
+_CUDNN = re.compile(r'custom_call_target="__cudnn\$conv(\w+)"')
 # What a kernel of our own says about itself; its body is not HLO.
 _SAID = re.compile(r'"cost_estimate":\{"flops":"(\d+)".*?"bytes_accessed":"(\d+)"')
 
@@ -52,7 +54,7 @@ def flops(instruction: Instruction, shapes: Mapping[str, str], computations: Com
     """Return operations of a kernel; arguments as for `cost`."""
     if said := _SAID.search(instruction.rest):
         return int(said.group(1))
-    if instruction.opcode == "convolution":
+    if instruction.opcode == "convolution" or _CUDNN.search(instruction.rest):
         return _of_convolution(instruction, shapes)
     if instruction.opcode == "dot":
         return _of_dot(instruction, shapes)
@@ -145,21 +147,30 @@ def _of_convolution(instruction: Instruction, shapes: Mapping[str, str]) -> int:
     labels, window = _DIMS.search(instruction.rest), _WINDOW.search(instruction.rest)
     if labels is None:
         return 0
-    kernel = dims_of(shapes.get(instruction.operands[1], ""))
+    given, kernel, made = _roles(instruction, shapes)
     channels = kernel[labels.group(2).index("i")] if kernel else 0
     sizes = dict(pair.split("=") for pair in window.group(1).split()) if window else {}
-    taps = math.prod(_taps(sizes, _places(instruction, shapes, labels)))
-    features = math.prod(dims_of(instruction.shape)) // math.prod(
-        out for _, out in _places(instruction, shapes, labels)
-    )
+    places = _places(given, made, labels)
+    taps = math.prod(_taps(sizes, places))
+    features = math.prod(made) // math.prod(out for _, out in places)
     return 2 * features * taps * channels
 
 
-def _places(
-    instruction: Instruction, shapes: Mapping[str, str], labels: re.Match[str]
-) -> list[tuple[int, int]]:
+def _roles(
+    instruction: Instruction, shapes: Mapping[str, str]
+) -> tuple[list[int], list[int], list[int]]:
+    """Dimensions of input, kernel and output; cuDNN's gradients are described as what they undo."""
+    first, second = (dims_of(shapes.get(name, "")) for name in instruction.operands[:2])
+    result, cudnn = dims_of(instruction.shape), _CUDNN.search(instruction.rest)
+    if cudnn and cudnn.group(1) == "BackwardInput":
+        return result, second, first
+    if cudnn and cudnn.group(1) == "BackwardFilter":
+        return first, result, second
+    return first, second, result
+
+
+def _places(given: list[int], made: list[int], labels: re.Match[str]) -> list[tuple[int, int]]:
     """Input and output size along every spatial axis, in the order of the window."""
-    given, made = dims_of(shapes.get(instruction.operands[0], "")), dims_of(instruction.shape)
     axes = sorted(letter for letter in labels.group(3) if letter.isdigit())
     return [(given[labels.group(1).index(a)], made[labels.group(3).index(a)]) for a in axes]
 

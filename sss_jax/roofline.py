@@ -57,14 +57,16 @@ def _whole(size: int, tile: int) -> int:
 
 
 def exchange_time(one: Collective, topology: Topology) -> float:
-    """Seconds of an exchange around a ring of all chips, and between slices where there are some.
+    """Seconds of an exchange around a ring of all chips, and through the network between groups.
 
-    An all-reduce sends everything twice, the others once; between slices each chip sends its part.
+    An all-reduce sends everything twice, the others once; between groups, slices of TPUs or hosts
+    of GPUs, each chip sends its part.
     """
     chip, twice = topology.chip, 2 if one.kind == "all-reduce" else 1
     seconds = twice * one.nbytes / chip.link
-    if topology.slices > 1:
-        seconds += twice * one.nbytes / topology.chips / chip.network
+    if topology.groups > 1:
+        part = one.nbytes * topology.groups / topology.devices
+        seconds += twice * part / chip.network
     return seconds
 
 

@@ -11,7 +11,7 @@ PACKAGE = ROOT / "sss_jax"
 # Rooms in the order in which they may import: a module imports from its own rank or a lower one.
 ORDER = [
     {"errors", "options", "axes", "atomic", "process", "png"},
-    {"config", "parallel", "compiling", "flops", "hlo", "topology", "roofline"},
+    {"config", "parallel", "compiling", "flops", "hlo", "topology", "roofline", "compilers"},
     {"data"},
     {"augment"},
     {"models"},

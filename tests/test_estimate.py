@@ -3,6 +3,8 @@
 import dataclasses
 import importlib.util
 import json
+import subprocess
+import sys
 
 import jax
 import pytest
@@ -18,12 +20,24 @@ def options():
     return config.load("acdc:supervised", [*SMALL, "model.remat=true"])
 
 
+def no_compiler(topology):
+    raise ConfigError("no compiler for CUDA")
+
+
 @pytest.fixture(scope="module")
-def whole(options):
-    return estimate.estimate(options, "h100-8", clips=2)
+def said():
+    return []
 
 
-def test_gpus_get_what_needs_no_compiler(whole):
+@pytest.fixture(scope="module")
+def whole(options, said):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(estimate, "devices_of", no_compiler)
+        return estimate.estimate(options, "h100-8", clips=2, report=said.append)
+
+
+def test_gpus_without_their_compiler_get_what_needs_none(whole, said):
+    assert said == ["no compiler for CUDA"]
     assert whole.devices == 8
     assert whole.mesh == {"data": 8, "fsdp": 1, "context": 1}
     assert whole.clips == (2, 0)
@@ -40,7 +54,7 @@ def test_gpus_get_what_needs_no_compiler(whole):
     [
         ("h100-8", ["mesh.fsdp=3"], "does not make 8 devices"),
         ("h100-8", ["train.labelled_batch=6"], "labelled_batch=6"),
-        ("h200-8", [], "unknown topology"),
+        ("h300-8", [], "unknown topology"),
     ],
 )
 def test_what_cannot_be_is_refused_before_anything_is_traced(name, changes, message):
@@ -100,6 +114,30 @@ def test_the_search_ends_at_the_last_that_fits(options, whole, monkeypatch, memo
     last = max([one.clips[0] for one in found if one.memory.fits], default=0)
     assert last == 0 or memory(last) <= 16
     assert memory(last + 1) > 16
+
+
+def test_tpus_without_their_compiler_are_refused(options, monkeypatch):
+    monkeypatch.setattr(estimate, "devices_of", no_compiler)
+    with pytest.raises(ConfigError, match="no compiler"):
+        estimate.estimate(options, "v5e-16", clips=1)
+
+
+@pytest.mark.slow
+def test_a_step_compiles_for_gpus_that_are_not_here():
+    if importlib.util.find_spec("jax_cuda12_plugin") is None:
+        pytest.skip('the compiler for GPUs is not installed: pip install "jax[cuda12]"')
+    settings = ["--config", "acdc:supervised", *(f"--config.{one}" for one in SMALL)]
+    # A program of its own: the plug-in is registered before JAX first looks for devices.
+    command = ["estimate", *settings, "--topology", "h100-16", "--clips", "1", "--json"]
+    done = subprocess.run([sys.executable, "-m", "sss_jax.cli", *command], capture_output=True)
+    assert done.returncode == 0, done.stderr.decode()
+    (found,) = json.loads(done.stdout)
+    assert found["memory"]["fits"]
+    assert found["host_calls"] == []
+    assert "f64" not in found["types"]
+    assert found["xla"]["flops_with_loops"] == pytest.approx(found["program_flops"], rel=0.3)
+    assert 0 < found["projection"]["mfu"] < 1
+    assert {row["kind"] for row in found["exchanges"]} >= {"all-reduce"}
 
 
 @pytest.mark.slow

@@ -165,6 +165,31 @@ ENTRY %main (x: f32[2,{given},3], k: f32[{kernel},3,5]) -> f32[2,{made},5] {{
     assert cost.flops == 2 * 2 * 3 * 5 * meets
 
 
+@pytest.mark.parametrize(
+    ("call", "first", "second", "result"),
+    [
+        ("Forward", "image", "kernel", "map"),
+        ("BiasActivationForward", "image", "kernel", "map"),
+        ("BackwardInput", "map", "kernel", "image"),
+        ("BackwardFilter", "image", "map", "kernel"),
+    ],
+)
+def test_convolutions_of_cudnn_count_like_what_they_belong_to(call, first, second, result):
+    arrays = {"image": "bf16[2,9,9,3]", "kernel": "bf16[5,3,3,3]", "map": "bf16[2,4,4,5]"}
+    text = f"""HloModule conv
+
+ENTRY %main (x: {arrays[first]}, k: {arrays[second]}) -> {arrays[result]} {{
+  %x = {arrays[first]}{{3,2,1,0}} parameter(0)
+  %k = {arrays[second]}{{3,2,1,0}} parameter(1)
+  %y = ({arrays[result]}{{3,2,1,0}}, u8[64]{{0}}) custom-call(%x, %k), \
+ window={{size=3x3 stride=2x2}}, dim_labels=b01f_o01i->b01f, custom_call_target="__cudnn$conv{call}"
+  ROOT %out = {arrays[result]}{{3,2,1,0}} get-tuple-element(%y), index=0
+}}
+"""
+    (cost,) = Program(text).costs()
+    assert cost.flops == 2 * (2 * 4 * 4 * 5) * (3 * 3 * 3)
+
+
 def test_text_without_a_program_is_refused():
     with pytest.raises(ValueError, match="no ENTRY"):
         Program("module @jit_step {}")

@@ -30,8 +30,19 @@ def test_names(name, chips, slices, grid):
     assert found.is_tpu
 
 
-def test_gpus_are_no_tpus():
-    assert not parse("h100-6").is_tpu
+@pytest.mark.parametrize(
+    ("name", "grid", "groups"),
+    [("h100-1", "1x1", 1), ("h200-6", "1x6", 1), ("a100-8", "1x8", 1), ("2xh100-16", "2x8", 4)],
+)
+def test_gpus_are_hosts_of_eight(name, grid, groups):
+    found = parse(name)
+    assert not found.is_tpu
+    assert (found.grid, found.groups) == (grid, groups)
+
+
+def test_gpus_beyond_a_host_are_whole_hosts():
+    with pytest.raises(ConfigError, match="whole hosts"):
+        parse("h100-12")
 
 
 @pytest.mark.parametrize("name", ["v5e", "v9-16", "v5e-12", "v5p-3", "v5e-0", "0xv5e-16", "", "16"])
@@ -78,6 +89,9 @@ def test_an_all_reduce_sends_twice_and_slices_share_their_network():
     assert roofline.exchange_time(gather, one) == pytest.approx(0.01)
     assert roofline.exchange_time(reduce, one) == pytest.approx(0.02)
     assert roofline.exchange_time(gather, two) == pytest.approx(0.01 + 2 / 16 / 3.125)
+    assert roofline.exchange_time(gather, parse("h100-8")) == pytest.approx(2 / 450)
+    hosts = 2 / 450 + 2 / 8 / 50
+    assert roofline.exchange_time(gather, parse("h100-32")) == pytest.approx(hosts)
 
 
 def test_parts_add_up_to_the_whole():

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from sss_jax import estimate, topology
+from sss_jax import compilers, topology
 from sss_jax.models import (
     attention_kernel,
     mlp,
@@ -32,7 +32,7 @@ pytestmark = [
 
 @pytest.fixture(params=["v5e-4", "v5p-8", "v6e-4"])
 def compile_for(request):
-    devices = estimate.tpu_devices(topology.parse(request.param))[:1]
+    devices = compilers.tpu_devices(topology.parse(request.param))[:1]
     here = NamedSharding(Mesh(np.array(devices), ("data",)), PartitionSpec())
 
     def compile_(function, *shapes):
