@@ -11,7 +11,6 @@ from sss_jax.errors import ConfigError
 from sss_jax.topology import Topology
 
 
-
 class _Gpu(NamedTuple):
     """What the driver of a GPU would say: sizes in bytes."""
 

@@ -19,7 +19,7 @@ from sss_jax.compilers import devices_of
 from sss_jax.errors import ConfigError
 from sss_jax.estimate_report import Estimate, Memory, Projection
 from sss_jax.hlo import Collective, Cost, Program
-from sss_jax.models.sss import with_kernels
+from sss_jax.models.sss import kernels_for
 from sss_jax.options import Options
 from sss_jax.ssl.propagation import is_unrolled
 from sss_jax.topology import Topology, parse
@@ -169,7 +169,7 @@ def _trace(setup: Setup, options: Options) -> Any:
 
 def _for_platform(options: Options, platform: str) -> Options:
     """Choose what is left to the platform as that of the topology, not of this machine, would."""
-    kernels = "on" if with_kernels(options, platform) else "off"
+    kernels = kernels_for(options, platform)
     unroll = "on" if is_unrolled(options, platform) else "off"
     model = dataclasses.replace(options.model, kernels=kernels)
     memory = dataclasses.replace(options.memory, unroll=unroll)

@@ -15,7 +15,14 @@ _PRECISION = re.compile(r"operand_precision=\{([\w,]+)\}")
 _RISING = ("default", "high", "highest")
 # Convolutions as calls of cuDNN: which array plays which part in the convolution they belong to.
 _CUDNN = re.compile(r'custom_call_target="__cudnn\$conv(\w+)"')
-# What a kernel of our own says about itself; its body is not HLO.
+# Our attention on GPUs, by the kernel's name: products of D and of E channels for every logit.
+_TRITON = re.compile(r'custom_call_target="__gpu\$xla\.gpu\.triton".*?\bname = "(\w+)"')
+_ATTENTION = {
+    "attention_forward": (1, 1),
+    "attention_backward_queries": (2, 1),
+    "attention_backward_keys": (2, 2),
+}
+# What a kernel of our own for TPUs says about itself; its body is not HLO.
 _SAID = re.compile(r'"cost_estimate":\{"flops":"(\d+)".*?"bytes_accessed":"(\d+)"')
 
 
@@ -58,6 +65,8 @@ def flops(instruction: Instruction, shapes: Mapping[str, str], computations: Com
         return _of_convolution(instruction, shapes)
     if instruction.opcode == "dot":
         return _of_dot(instruction, shapes)
+    if triton := _TRITON.search(instruction.rest):
+        return _of_attention(triton.group(1), instruction, shapes)
     if instruction.opcode != "fusion":
         return 0
     total = 0
@@ -197,6 +206,13 @@ def _taps(sizes: dict[str, str], places: list[tuple[int, int]]) -> Iterator[int]
             last = min(made - 1, (reached + before - tap * step) // stride)
             total += max(0, last - first + 1)
         yield total // hole
+
+
+def _of_attention(name: str, instruction: Instruction, shapes: Mapping[str, str]) -> int:
+    """Operations of one of `attention_gpu_kernel`'s kernels, from queries, keys and values."""
+    (g, n, d), (_, m, _), (_, _, e) = (dims_of(shapes[x]) for x in instruction.operands[:3])
+    of_d, of_e = _ATTENTION[name]
+    return 2 * g * n * m * (of_d * d + of_e * e)
 
 
 def _of_dot(instruction: Instruction, shapes: Mapping[str, str]) -> int:

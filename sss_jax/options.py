@@ -48,8 +48,9 @@ class ModelOptions:
     loop_blocks: bool = option(False, "equal layers as a loop, which compiles sooner")
     kernels: str = option(
         "auto",
-        "layers as kernels of our own, for TPUs; auto: there, where mesh.context is 1",
-        choices=("auto", "on", "off"),
+        "kernels of our own: whole layers for TPUs, large attention for GPUs (A100 and later); "
+        "auto: there, where mesh.context is 1",
+        choices=("auto", "tpu", "gpu", "off"),
     )
     init: str = option("", "folder of converted SAM-2 weights to start from; empty: random")
     class_token_std: float = option(

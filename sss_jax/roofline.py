@@ -39,7 +39,7 @@ def roof(cost: Cost, topology: Topology) -> float:
 
 
 def fill(kernels: Iterable[Kernel], topology: Topology) -> float | None:
-    """Part of the matrix unit's work that kernels have use for; None without kernels.
+    """Part of the matrix unit's work that kernels have use for; None without kernels or tiles.
 
     The unit holds square tiles of the right factor while rows of the left, eight at a time, pass.
     """
@@ -49,7 +49,7 @@ def fill(kernels: Iterable[Kernel], topology: Topology) -> float | None:
             done = _whole(rows, 8) * _whole(columns, side) * _whole(depth, side)
             useful += kernel.times * times * rows * columns * depth
             work += kernel.times * times * done
-    return useful / work if work else None
+    return useful / work if work and side > 1 else None
 
 
 def _whole(size: int, tile: int) -> int:

@@ -120,11 +120,12 @@ def test_what_no_result_needs_costs_nothing():
     assert count(turns, kernel) == 3 * once
 
 
-def test_a_kernel_whose_result_is_kept_is_not_computed_again():
+@pytest.mark.parametrize("platform", ["tpu", "gpu"])
+def test_a_kernel_whose_result_is_kept_is_not_computed_again(platform):
     x = jnp.ones((1, 256, 64))
 
     def loss(x):
-        return jnp.tanh(attention._streamed(jnp.sin(x), x, x, None, True)).sum()
+        return jnp.tanh(attention._streamed(jnp.sin(x), x, x, None, platform)).sum()
 
     def operations(*policy):
         lean = jax.checkpoint(loss, policy=policy[0]) if policy else loss

@@ -1,13 +1,14 @@
 """Scaled dot-product attention: whole, or streamed where logits are large.
 
-Streamed attention never holds more than a block of logits, in neither pass: on TPUs it is a pair
-of kernels, elsewhere a loop over queries. Both keep the logarithm of the softmax's sums instead of
-the weights and compute these again in the backward pass.
+Streamed attention never holds more than a block of logits, in neither pass: on TPUs and GPUs it is
+a few kernels, elsewhere a loop over queries. Both keep the logarithm of the softmax's sums instead
+of the weights and compute these again in the backward pass.
 """
 
 import functools
 import math
 from collections.abc import Callable
+from types import ModuleType
 from typing import Any
 
 import jax
@@ -16,8 +17,11 @@ import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
 from sss_jax.axes import Array, Bool, Float
-from sss_jax.models import attention_kernel
+from sss_jax.models import attention_gpu_kernel, attention_kernel
 from sss_jax.models.attention_kernel import OFF
+from sss_jax.models.presets import Kernels
+
+_KERNELS: dict[str, ModuleType] = {"tpu": attention_kernel, "gpu": attention_gpu_kernel}
 
 CPU_LOGITS = 2**22
 """Logits that a CPU holds at once; more do not stay in its caches.
@@ -73,33 +77,41 @@ def large_attention(
     v: Float[Array, "B H M E"],
     valid: Bool[Array, "B H M"] | None = None,
     *,
-    kernels: bool = False,
+    kernels: Kernels = "off",
 ) -> Float[Array, "B H N E"]:
     """Attention of scaled queries to many keys, with float32 softmax and bounded memory.
 
-    Beyond CPU_LOGITS it is streamed, with `kernels` by those that only TPUs run. `valid` is as in
-    `attention`.
+    Beyond CPU_LOGITS it is streamed, by the `kernels` of a platform where the sizes suit them.
+    `valid` is as in `attention`.
     """
     if math.prod(k.shape[:3]) * q.shape[2] <= CPU_LOGITS:
         return checkpoint_name(_whole(q, k, v, valid), ATTENDED)
     *batch, count, _ = q.shape
     merge = functools.partial(_merge_batch, batch=len(batch))
     on = None if valid is None else merge(valid)
-    kernels = kernels and attention_kernel.suits(count, q.shape[-1])
+    kernels = kernels if _suits(kernels, q, v) else "off"
     out = _streamed(merge(q), merge(k), merge(v), on, kernels)
     return out.reshape(*batch, count, v.shape[-1])
 
 
+def _suits(kernels: Kernels, q: Array, v: Array) -> bool:
+    """Whether kernels take so many queries and channels."""
+    queries, channels = q.shape[-2:]
+    if kernels == "gpu":
+        return attention_gpu_kernel.suits(queries, channels, v.shape[-1], q.dtype)
+    return kernels == "tpu" and attention_kernel.suits(queries, channels)
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
-def _streamed(q: Array, k: Array, v: Array, valid: Array | None, kernels: bool) -> Array:
+def _streamed(q: Array, k: Array, v: Array, valid: Array | None, kernels: Kernels) -> Array:
     return _streamed_forward(q, k, v, valid, kernels)[0]
 
 
 def _streamed_forward(
-    q: Array, k: Array, v: Array, valid: Array | None, kernels: bool
+    q: Array, k: Array, v: Array, valid: Array | None, kernels: Kernels
 ) -> tuple[Array, tuple[Array | None, ...]]:
-    if kernels:
-        out, sums = attention_kernel.forward(q, k, v, _bias(k, valid))
+    if kernels in _KERNELS:
+        out, sums = _KERNELS[kernels].forward(q, k, v, _bias(k, valid))
     else:
         out, sums = _by_platform(in_blocks, q, k, v, valid)
     # Named here, so that a layer which keeps the result keeps what its backward pass needs.
@@ -108,13 +120,13 @@ def _streamed_forward(
 
 
 def _streamed_backward(
-    kernels: bool, kept: tuple[Array, Array, Array, Array | None, Array, Array], out_bar: Array
+    kernels: Kernels, kept: tuple[Array, Array, Array, Array | None, Array, Array], out_bar: Array
 ) -> tuple[Array, Array, Array, None]:
     q, k, v, valid, out, sums = kept
     shift = jnp.einsum("gne,gne->gn", out, out_bar, preferred_element_type=jnp.float32)
     others = (sums, shift, out_bar)
-    if kernels:
-        bars = attention_kernel.backward(q, k, v, _bias(k, valid), *others)
+    if kernels in _KERNELS:
+        bars = _KERNELS[kernels].backward(q, k, v, _bias(k, valid), *others)
     else:
         bars = _by_platform(gradients_in_blocks, q, k, v, valid, *others)
     return *bars, None

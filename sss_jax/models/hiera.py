@@ -24,7 +24,7 @@ from sss_jax.models import (
 from sss_jax.models.attention import ATTENDED, KEEPS, large_attention
 from sss_jax.models.initial import initialiser
 from sss_jax.models.mlp import Projection
-from sss_jax.models.presets import Sam2Config
+from sss_jax.models.presets import Kernels, Sam2Config
 from sss_jax.models.projection_kernel import Form, Weights, project
 
 EPSILON = 1e-6
@@ -70,7 +70,7 @@ class WindowAttention(nn.Module):
         window: side of a window; 0: the whole map.
         pool: pool the queries.
         dtype: computation type.
-        kernels: attend by the kernels that only TPUs run.
+        kernels: of the platform that they are for.
     """
 
     width: int
@@ -78,7 +78,7 @@ class WindowAttention(nn.Module):
     window: int
     pool: bool
     dtype: jnp.dtype
-    kernels: bool = False
+    kernels: Kernels = "off"
 
     @nn.compact
     def __call__(self, x_BHWC: Float[Array, "B H W C"]) -> Float[Array, "B h w E"]:
@@ -89,7 +89,7 @@ class WindowAttention(nn.Module):
         shape = (self.window, self.heads, self.pool)
         if not self.window:
             y = _attend_everywhere(x, kernel, bias, self.heads, self.pool, self.kernels)
-        elif self.kernels:
+        elif self.kernels == "tpu":
             y = _attend_in_kernel(x, kernel, bias, *shape)
         else:
             y = windows.attend(layers.linear(x, kernel), bias, *shape)
@@ -97,7 +97,7 @@ class WindowAttention(nn.Module):
 
 
 def _attend_everywhere(
-    x_BHWC: Array, kernel: Array, bias: Array, heads: int, pool: bool, kernels: bool
+    x_BHWC: Array, kernel: Array, bias: Array, heads: int, pool: bool, kernels: Kernels
 ) -> Array:
     qkv = layers.add_bias(layers.linear(x_BHWC, kernel), bias)
     q, k, v = windows.split_qkv(qkv, pool)
@@ -171,7 +171,7 @@ class Block(nn.Module):
     pool: bool
     mlp_ratio: int
     dtype: jnp.dtype
-    kernels: bool = False
+    kernels: Kernels = "off"
 
     @nn.compact
     def __call__(self, x_BHWC: Float[Array, "B H W C"]) -> Float[Array, "B h w E"]:
@@ -185,16 +185,16 @@ class Block(nn.Module):
         norm = mlp.Norm(name="norm2")(self.width)
         hidden = _Hidden(self.mlp_ratio * self.width, name="mlp")(self.width)
         weights = mlp.Weights(*norm, *hidden)
-        return mlp.transform(x, weights, mlp.GELU, shortcut=True, kernels=self.kernels)
+        return mlp.transform(x, weights, mlp.GELU, shortcut=True, kernels=self.kernels == "tpu")
 
     def _attend(self, x_BHWC: Array) -> Array:
-        rows = layers.in_rows if self.kernels else lambda x: x
+        rows = layers.in_rows if self.kernels == "tpu" else lambda x: x
         shortcut = rows(x_BHWC)
         x = rows(layers.LayerNorm(self.dtype, name="norm1")(shortcut))
         if shortcut.shape[-1] != self.width:
             # A stage's first block projects the *normalised* tokens, unlike a plain residual.
             project = layers.Dense(self.width, self.dtype, name="proj")
-            if self.pool and self.window and self.kernels:
+            if self.pool and self.window and self.kernels == "tpu":
                 shortcut = _pool_in_windows(project, x, self.window)
             else:
                 shortcut = layers.max_pool(project(x)) if self.pool else project(x)
@@ -204,7 +204,7 @@ class Block(nn.Module):
 
     def _is_global(self, shape: tuple[int, ...]) -> bool:
         """Whether it attends everywhere, with kernels for the projections."""
-        if not self.kernels or self.pool or self.window or shape[-1] != self.width:
+        if self.kernels != "tpu" or self.pool or self.window or shape[-1] != self.width:
             return False
         return projection_kernel.suits(shape[1] * shape[2], self.width, 3 * self.width, self.dtype)
 
@@ -218,12 +218,12 @@ class Block(nn.Module):
         form = Form(results=3, heads=self.heads, through=True, epsilon=EPSILON)
         tokens = layers.in_rows(x_BHWC).reshape(1, b, height * width, channels)
         q, k, v, shortcut = project(tokens, weights, None, None, form)
-        y = large_attention(q, k, v, kernels=True)
+        y = large_attention(q, k, v, kernels="tpu")
         return project(y, Weights(*behind), None, shortcut[0], Form())[0].reshape(x_BHWC.shape)
 
     def _is_one_kernel(self, shape: tuple[int, ...]) -> bool:
         """Whether norm, projections and attention are one kernel."""
-        if not self.kernels or not self.window or self.pool == (shape[-1] == self.width):
+        if self.kernels != "tpu" or not self.window or self.pool == (shape[-1] == self.width):
             return False
         tokens = _group_size(shape, self.window, self.pool) * self.window**2
         return window_block_kernel.suits(tokens, self.width, self.pool, self.dtype)
@@ -334,7 +334,7 @@ class Hiera(nn.Module):
         params = [self.variables["params"][f"blocks_{i}"] for i in range(run.first, run.end)]
         return repeats.loop(group, params, x, remat=c.remat, policy=KEEPS[c.remat_keeps])
 
-    def _common(self) -> tuple[int, jnp.dtype, bool]:
+    def _common(self) -> tuple[int, jnp.dtype, Kernels]:
         """What is the same for all blocks."""
         return self.config.mlp_ratio, self.config.compute_dtype, self.config.kernels
 

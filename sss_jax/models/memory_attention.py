@@ -16,7 +16,7 @@ from sss_jax.axes import Array, Bool, Float
 from sss_jax.models import layers, memory_layer, mlp, position, repeats
 from sss_jax.models.attention import KEEPS, large_attention
 from sss_jax.models.initial import initialiser
-from sss_jax.models.presets import Sam2Config
+from sss_jax.models.presets import Kernels, Sam2Config
 
 EPSILON = 1e-5
 POSITION_SHARE = 0.1
@@ -81,12 +81,12 @@ class RotaryAttention(nn.Module):
     Attributes:
         width: D, channels of the features.
         dtype: computation type.
-        kernels: attend by the kernels that only TPUs run.
+        kernels: of the platform that they are for.
     """
 
     width: int
     dtype: jnp.dtype
-    kernels: bool = False
+    kernels: Kernels = "off"
 
     @nn.compact
     def __call__(
@@ -147,7 +147,7 @@ class MemoryAttentionLayer(nn.Module):
         """Return the features of each object."""
         c = self.config
         size = (x.shape[2], c.width, memory.key_BKNM.shape[2], c.compute_dtype)
-        if c.kernels and memory_layer.suits(*size):
+        if c.kernels == "tpu" and memory_layer.suits(*size):
             x = self._attend_in_kernels(x, memory, table)
         else:
             x = self._attend(x, memory, table)
@@ -156,7 +156,9 @@ class MemoryAttentionLayer(nn.Module):
             *mlp.Projection(c.memory_mlp, name="linear1")(c.width),
             *mlp.Projection(c.width, name="linear2")(c.memory_mlp),
         )
-        return mlp.transform(x, weights, mlp.RELU, EPSILON, shortcut=True, kernels=c.kernels)
+        return mlp.transform(
+            x, weights, mlp.RELU, EPSILON, shortcut=True, kernels=c.kernels == "tpu"
+        )
 
     def _attend(self, x: Array, memory: MemoryKeys, table: Rotation) -> Array:
         c = self.config
@@ -241,7 +243,7 @@ class MemoryAttention(nn.Module):
         x = coarse_BHWD.reshape(b, 1, h * w, d) + POSITION_SHARE * place[None, None]
         cos, sin = position.rotation(h, w, d)
         table = jnp.asarray(cos), jnp.asarray(sin)
-        memory = _whole_blocks(memory) if c.kernels else memory
+        memory = _whole_blocks(memory) if c.kernels == "tpu" else memory
         keeps = KEEPS["attention" if c.remat_keeps == "nothing" else c.remat_keeps]
         make = functools.partial(MemoryAttentionLayer, c)
         # The first layer gives every object features of its own; the others are alike.

@@ -159,6 +159,6 @@ class MemoryEncoder(nn.Module):
         seen = MaskDownsampler(c, name="mask_downsampler")(mask)
         pixels = layers.Conv(c.width, 1, c.compute_dtype, name="pix_feat_proj")(coarse_BHWD)
         x = pixels[:, None] + seen.reshape(b, k, *seen.shape[1:])
-        x = Fuser(c.compute_dtype, c.kernels, name="fuser")(x.reshape(seen.shape))
+        x = Fuser(c.compute_dtype, c.kernels == "tpu", name="fuser")(x.reshape(seen.shape))
         x = layers.Conv(c.memory_width, 1, c.compute_dtype, name="out_proj")(x)
         return x.reshape(b, k, *x.shape[1:])

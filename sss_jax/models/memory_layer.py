@@ -60,7 +60,7 @@ def look_at_itself(
     weights = Weights(jnp.concatenate(kernels, axis=1), jnp.concatenate(biases), *norm)
     form = Form(results=3, turned=2, through=True, epsilon=epsilon)
     q, k, v, shortcut = project(tokens, weights, table, None, form)
-    y = large_attention(q, k, v, kernels=True)
+    y = large_attention(q, k, v, kernels="tpu")
     return project(y, Weights(*around.out), None, shortcut[0], Form())[0].reshape(x.shape)
 
 
@@ -83,7 +83,7 @@ def look_at_memory(
     q, shortcut = (
         jnp.broadcast_to(a.reshape(x.shape), (b, k, *x.shape[2:])) for a in (q, shortcut)
     )
-    y = large_attention(q, keys[0].reshape(b, k, n, -1), value, valid, kernels=True)
+    y = large_attention(q, keys[0].reshape(b, k, n, -1), value, valid, kernels="tpu")
     # Two linear layers with nothing between them are one.
     merged = around.v[0] @ around.out[0], around.v[1] @ around.out[0] + around.out[1]
     y, shortcut = (a.reshape(-1, *a.shape[2:]) for a in (y, shortcut))

@@ -1,11 +1,14 @@
 """Every network size, in one table."""
 
 import dataclasses
-from typing import Any
+from typing import Any, Literal
 
 import jax.numpy as jnp
 
 from sss_jax.errors import ConfigError
+
+Kernels = Literal["off", "tpu", "gpu"]
+"""The platform whose kernels of ours compute what suits them."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,7 +24,7 @@ class Sam2Config:
         remat_keeps: what is kept of a block all the same, a key of `attention.KEEPS`; of a layer of
             memory attention at least the attention.
         loop_blocks: equal layers as a loop, which compiles sooner.
-        kernels: whole layers as kernels that only TPUs run.
+        kernels: of which platform: whole layers for TPUs, large attention for GPUs.
         stem_kernel: side of the patch convolution.
         stem_stride: its stride, which is the stride of the finest level.
         embed_dim: width of stage 1; every later stage doubles it.
@@ -57,7 +60,7 @@ class Sam2Config:
     remat: bool = False
     remat_keeps: str = "nothing"
     loop_blocks: bool = False
-    kernels: bool = False
+    kernels: Kernels = "off"
 
     stem_kernel: int = 7
     stem_stride: int = 4
@@ -170,7 +173,7 @@ def preset(
     *,
     remat_keeps: str = "nothing",
     loop_blocks: bool = False,
-    kernels: bool = False,
+    kernels: Kernels = "off",
     version: str = "2.1",
     memory: bool = True,
 ) -> Sam2Config:

@@ -256,7 +256,7 @@ class Sam2(nn.Module):
 
     def _enlarged(self, logits_NHW: Array, size: tuple[int, ...]) -> Array:
         """Interpolate masks to the input's size; as phases where kernels want them."""
-        if not self.config.kernels:
+        if self.config.kernels != "tpu":
             return jax.image.resize(logits_NHW, (len(logits_NHW), *size), "bilinear")
         return phases.upsample(phases.split(logits_NHW, 2), size[0] // logits_NHW.shape[1])
 

@@ -1,4 +1,4 @@
-"""Attention against its definition: at once, in blocks, in TPU kernels, with keys switched off."""
+"""Attention against its definition: at once, in blocks, in kernels, with keys switched off."""
 
 import functools
 
@@ -10,7 +10,7 @@ from scipy.special import log_softmax
 
 from sss_jax import flops
 from sss_jax.models import attention as module
-from sss_jax.models import attention_kernel
+from sss_jax.models import attention_gpu_kernel, attention_kernel
 from sss_jax.models.attention import (
     ATTENDED,
     attention,
@@ -86,8 +86,9 @@ def plain_attention(q, k, v, valid):
     return np.einsum("bhnm,bhme->bhne", weights / weights.sum(-1, keepdims=True), v)
 
 
-def case(queries, keys=7, batch=6):
-    q, k, v = normal(0, batch, queries, 4), normal(1, batch, keys, 4), normal(2, batch, keys, 5)
+def case(queries, keys=7, batch=6, channels=4):
+    q, k = normal(0, batch, queries, channels), normal(1, batch, keys, channels)
+    v = normal(2, batch, keys, 5)
     valid = np.random.default_rng(3).random((batch, keys)) < 0.6
     valid[..., 2] = True
     return q, k, v, valid
@@ -130,28 +131,37 @@ def test_blocks_of_queries_follow_the_definition(size, masked):
     close(found, gradients_by_definition(q, k, v, valid, out_bar))
 
 
-# Keys that fill their blocks and that do not; queries in one block and in several.
-@pytest.mark.parametrize(("queries", "keys"), [(128, 128), (256, 300), (384, 130)])
-def test_kernels_follow_the_definition(monkeypatch, queries, keys):
+@pytest.fixture(params=[attention_kernel, attention_gpu_kernel], ids=["tpu", "gpu"])
+def kernels(request):
+    return request.param
+
+
+# Keys that fill their blocks and that do not; queries in one block and in several; channels of both
+# sizes of blocks that GPUs have.
+@pytest.mark.parametrize(
+    ("queries", "keys", "channels"), [(128, 128, 4), (256, 300, 4), (384, 130, 4), (256, 130, 130)]
+)
+def test_kernels_follow_the_definition(monkeypatch, kernels, queries, keys, channels):
     monkeypatch.setattr(attention_kernel, "QUERIES", 128)
     monkeypatch.setattr(attention_kernel, "KEYS", 128)
-    q, k, v, valid = case(queries, keys, batch=2)
+    q, k, v, valid = case(queries, keys, batch=2, channels=channels)
+    q = q * np.float32(2 / np.sqrt(channels))
     valid[1, :129] = False  # a whole block of keys that are off comes first
     valid[1, 127] = True
     expected, sums = by_definition(q, k, v, valid)
     bias = jnp.where(valid, 0.0, -1e30)
-    close(attention_kernel.forward(q, k, v, bias, interpret=True), (expected, sums))
+    close(kernels.forward(q, k, v, bias, interpret=True), (expected, sums))
     out_bar = normal(4, 2, queries, 5)
     shift = jnp.asarray((expected * out_bar).sum(-1), jnp.float32)
     sums = jnp.asarray(sums, jnp.float32)
-    found = attention_kernel.backward(q, k, v, bias, sums, shift, out_bar, interpret=True)
+    found = kernels.backward(q, k, v, bias, sums, shift, out_bar, interpret=True)
     close(found, gradients_by_definition(q, k, v, valid, out_bar))
 
 
-def test_kernels_sum_in_float32():
+def test_kernels_sum_in_float32(kernels):
     q, k = (jnp.asarray(normal(i, 1, 128, 8), jnp.bfloat16) for i in range(2))
     ones = jnp.ones((1, 128, 8), jnp.bfloat16)
-    out, sums = attention_kernel.forward(q, k, ones, jnp.zeros((1, 128)), interpret=True)
+    out, sums = kernels.forward(q, k, ones, jnp.zeros((1, 128)), interpret=True)
     assert out.dtype == jnp.bfloat16
     assert sums.dtype == jnp.float32
     np.testing.assert_allclose(np.asarray(out, np.float32), 1.0, atol=1e-2)
@@ -162,6 +172,16 @@ def test_kernels_take_what_fits_their_memory():
     assert attention_kernel.suits(4096, 72)  # channels of a head of the trunk
     assert not attention_kernel.suits(4000, 256)
     assert not attention_kernel.suits(65536, 256)
+
+
+def test_kernels_for_gpus_take_short_numbers_and_whole_blocks():
+    suits = attention_gpu_kernel.suits
+    assert suits(4096, 256, 64, jnp.bfloat16)  # memory attention at 1024 px
+    assert suits(1024, 72, 72, jnp.float16)  # a head of large's trunk at 512 px
+    assert not suits(4096, 256, 64, jnp.float32)
+    assert not suits(4000, 256, 64, jnp.bfloat16)
+    assert not suits(4096, 288, 64, jnp.bfloat16)
+    assert not suits(4096, 64, 288, jnp.bfloat16)
 
 
 def test_blocks_of_keys_are_large_and_add_few_keys():
@@ -214,19 +234,28 @@ def test_a_layer_that_keeps_the_attention_does_not_run_it_again(monkeypatch):
     assert count(names("nothing")) == 2 * forward + backward
 
 
-def test_with_kernels_the_same_is_computed(monkeypatch):
-    """The kernels run interpreted here; what calls them, and what they keep, is the TPU's."""
+@pytest.mark.parametrize("platform", ["tpu", "gpu"])
+def test_with_kernels_the_same_is_computed(monkeypatch, platform):
+    """The kernels run interpreted here; what calls them, and what they keep, is the platform's."""
     monkeypatch.setattr(module, "CPU_LOGITS", 1)
+    monkeypatch.setattr(attention_gpu_kernel, "suits", lambda *_: True)  # float32 numbers, here
+    kernels, ran = module._KERNELS[platform], []
+
+    def interpreted(run, *args):
+        ran.append(run)
+        return run(*args, interpret=True)
+
     for name in ("forward", "backward"):
-        run = functools.partial(getattr(attention_kernel, name), interpret=True)
-        monkeypatch.setattr(attention_kernel, name, run)
+        run = functools.partial(interpreted, getattr(kernels, name))
+        monkeypatch.setattr(kernels, name, run)
     q, k, v, valid = (jnp.asarray(x)[None] for x in case(128, 9, batch=2))
 
     def gradients(kernels):
         run = lambda *a: jnp.sum(jnp.sin(large_attention(*a, valid, kernels=kernels)))  # noqa: E731
         return jax.value_and_grad(run, argnums=(0, 1, 2))(q, k, v)
 
-    (found, bars), (expected, by_loop) = gradients(True), gradients(False)
+    (found, bars), (expected, by_loop) = gradients(platform), gradients("off")
+    assert len(ran) == 2
     np.testing.assert_allclose(found, expected, rtol=1e-5)
     close(bars, by_loop)
 

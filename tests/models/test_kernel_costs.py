@@ -11,7 +11,7 @@ from sss_jax.models.hiera import Hiera
 from sss_jax.models.memory_attention import MemoryAttention, MemoryKeys
 from sss_jax.models.presets import preset
 
-CONFIG = functools.partial(preset, dtype="bfloat16", kernels=True)
+CONFIG = functools.partial(preset, dtype="bfloat16", kernels="tpu")
 
 
 def like(*shape, dtype=jnp.bfloat16):

@@ -62,7 +62,7 @@ def test_convolving_phases_is_a_convolution_with_stride_two(count):
 def test_memories_are_the_same_on_tpus_as_elsewhere(interpreted):
     """One object's mask is remembered as it is, the other's thresholded."""
     elsewhere = Sam2(TRACKING_CONFIG)
-    on_tpus = elsewhere.clone(config=dataclasses.replace(TRACKING_CONFIG, kernels=True))
+    on_tpus = elsewhere.clone(config=dataclasses.replace(TRACKING_CONFIG, kernels="tpu"))
     params = random_params(elsewhere, 3)
     coarse, logits = normal(0, 1, 4, 6, 16), 3 * normal(1, 1, 2, 16, 24)
     score, binary = jnp.array([[1.0, -1.0]]), jnp.array([[False, True]])

@@ -80,7 +80,7 @@ def test_which_shapes_suit():
 def test_a_global_block_is_the_same_on_tpus_as_elsewhere(interpreted):
     plain = hiera.Block(16, 2, 0, False, 2, jnp.float32)
     x = normal(0, 2, 8, 12, 16)
-    compare(plain, plain.clone(kernels=True), x)
+    compare(plain, plain.clone(kernels="tpu"), x)
     assert "projection_backward" in interpreted
 
 
@@ -88,7 +88,7 @@ def test_memory_attention_is_the_same_on_tpus_as_elsewhere(interpreted):
     """Keys on the grid turn, pointers and the keys that fill the last block do not."""
     config = dataclasses.replace(TRACKING_CONFIG, memory_layers=2)
     plain = memory_attention.MemoryAttention(config)
-    on_tpus = plain.clone(config=dataclasses.replace(config, kernels=True))
+    on_tpus = plain.clone(config=dataclasses.replace(config, kernels="tpu"))
     coarse, keys, pointers = normal(0, 1, 8, 8, 16), 2 * 64, 3
     shape = (1, 2, keys + pointers)
     memory = memory_attention.MemoryKeys(

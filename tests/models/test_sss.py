@@ -1,6 +1,7 @@
 """The SSS network: SAM-2, class tokens, coarse head."""
 
 import dataclasses
+import types
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +13,7 @@ from sss_jax.errors import ConfigError
 from sss_jax.models.image_encoder import normalise_image
 from sss_jax.models.initial import rule
 from sss_jax.models.prompt_encoder import MaskPrompts, no_prompts
-from sss_jax.models.sss import SSSModel, build_model, init_params, with_kernels
+from sss_jax.models.sss import SSSModel, build_model, init_params, kernels_for
 from sss_jax.options import MemoryOptions, ModelOptions, Options
 
 OPTIONS = Options(
@@ -184,15 +185,27 @@ def test_build_model_refuses_an_unfit_size():
         build_model(Options(model=ModelOptions(preset="tiny", image_size=100)))
 
 
-def test_kernels_are_for_tpus_and_whole_images():
+def test_kernels_are_for_their_platform_and_whole_images():
     def found(*changes, platform="cpu"):
-        return with_kernels(config.load("acdc:sss", list(changes)), platform)
+        return kernels_for(config.load("acdc:sss", list(changes)), platform)
 
-    assert not found()
-    assert not found(platform="gpu")
-    assert found(platform="tpu")
-    assert not found("mesh.context=2", platform="tpu")
-    assert found("model.kernels=on")
-    assert not found("model.kernels=off")
-    with pytest.raises(ConfigError, match=r"mesh\.context=2 cuts their rows"):
-        found("model.kernels=on", "mesh.context=2")
+    assert found() == "off"
+    assert found(platform="gpu 8.6") == "off"
+    for platform in ("tpu", "gpu"):
+        assert found(platform=platform) == platform
+        assert found("mesh.context=2", platform=platform) == "off"
+        assert found("model.kernels=off", platform=platform) == "off"
+        assert found(f"model.kernels={platform}") == platform
+        with pytest.raises(ConfigError, match=r"mesh\.context=2 cuts their rows"):
+            found(f"model.kernels={platform}", "mesh.context=2")
+
+
+@pytest.mark.parametrize(
+    ("platform", "capability", "kernels"),
+    [("gpu", "9.0", "gpu"), ("gpu", "8.0", "gpu"), ("gpu", "8.6", "off"), ("cpu", "", "off")],
+)
+def test_only_gpus_with_large_cores_get_kernels(monkeypatch, platform, capability, kernels):
+    device = types.SimpleNamespace(compute_capability=capability)
+    monkeypatch.setattr(jax, "default_backend", lambda: platform)
+    monkeypatch.setattr(jax, "devices", lambda: [device])
+    assert build_model(config.load("acdc:sss")).config.kernels == kernels

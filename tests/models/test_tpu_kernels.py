@@ -171,7 +171,7 @@ def test_projections(compile_for, case, dtype):
 
 def test_wide_blocks_as_a_loop(compile_for):
     """The compiler must not join a kernel with the loop's stack of gradients: it overruns then."""
-    trunk = Hiera(preset("base_plus", 1024, "bfloat16", loop_blocks=True, kernels=True))
+    trunk = Hiera(preset("base_plus", 1024, "bfloat16", loop_blocks=True, kernels="tpu"))
     image = jnp.zeros((1, 1024, 1024, 3), jnp.bfloat16)
     shapes = jax.eval_shape(trunk.init, jax.random.key(0), image)["params"]
     leaves, structure = jax.tree.flatten(shapes)

@@ -41,7 +41,7 @@ def test_a_block_is_the_same_on_tpus_as_elsewhere(monkeypatch, interpreted, shap
     params = jax.eval_shape(plain.init, jax.random.key(0), x)
     params = jax.tree.map(lambda x: normal(1, *x.shape) * 0.4, params)
     expected, by_plain = jax.vjp(jax.jit(plain.apply), params, x)
-    found, by_kernels = jax.vjp(jax.jit(plain.clone(kernels=True).apply), params, x)
+    found, by_kernels = jax.vjp(jax.jit(plain.clone(kernels="tpu").apply), params, x)
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4)
     bar = normal(3, *expected.shape)
     close = functools.partial(np.testing.assert_allclose, rtol=1e-3, atol=2e-3)
@@ -58,7 +58,7 @@ def test_the_first_of_equals_takes_the_gradient_as_elsewhere(interpreted):
     params["proj"]["kernel"] *= 0
     params["attn"]["qkv"]["kernel"] *= np.float32(np.arange(48) >= 16)[None]
     expected, by_plain = jax.vjp(jax.jit(plain.apply), {"params": params}, x)
-    _, by_kernels = jax.vjp(jax.jit(plain.clone(kernels=True).apply), {"params": params}, x)
+    _, by_kernels = jax.vjp(jax.jit(plain.clone(kernels="tpu").apply), {"params": params}, x)
     bar = normal(3, *expected.shape)
     close = functools.partial(np.testing.assert_allclose, rtol=1e-3, atol=2e-3)
     jax.tree.map(close, by_kernels(bar), by_plain(bar))

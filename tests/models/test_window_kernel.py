@@ -109,7 +109,7 @@ def test_a_block_is_the_same_on_tpus_as_elsewhere(monkeypatch, interpreted, side
     params = jax.eval_shape(plain.init, jax.random.key(0), x)
     params = jax.tree.map(lambda x: normal(1, *x.shape), params)
     expected, by_autodiff = jax.vjp(jax.jit(plain.apply), params, x)
-    found, gradient = jax.vjp(jax.jit(plain.clone(kernels=True).apply), params, x)
+    found, gradient = jax.vjp(jax.jit(plain.clone(kernels="tpu").apply), params, x)
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4)
     weight = normal(3, *expected.shape)
     jax.tree.map(
