@@ -28,7 +28,9 @@ from sss_jax.train.mesh import make_mesh_step
 from sss_jax.train.setup import Setup, batch_fields, key_shape, set_up
 from sss_jax.train.step import make_train_step
 
-_LEAST_EFFORT = {"exec_time_optimization_effort": -1.0}
+_LEAST_EFFORT: dict[str, Any] = {"exec_time_optimization_effort": -1.0}
+# Without a GPU nothing is tuned, and the compiler's own products then do not take every shape.
+_CUBLAS = {"xla_gpu_enable_triton_gemm": False}
 # Two ways in which the compiler says what it would take, and what there is.
 _FULL = re.compile(
     r"(?:Used ([\d.]+)([KMG]) of|temporaries \(([\d.]+)([KMG])\)).*?([\d.]+)([KMG])", re.DOTALL
@@ -70,7 +72,8 @@ def estimate(
         return plain
     report(f"compiling for {name}, {options.train.labelled_batch // shards} clips a device ...")
     began = time.monotonic()
-    compiled = _compile(setup, options, devices, quick=quick)
+    how = (_LEAST_EFFORT if quick else {}) | ({} if topology.is_tpu else _CUBLAS)
+    compiled = _compile(setup, options, devices, how)
     seconds = round(time.monotonic() - began, 1)
     report(f"compiled in {seconds:.0f} s")
     plain = dataclasses.replace(plain, compile_s=seconds, quick=quick)
@@ -184,14 +187,14 @@ def _without_remat(options: Options) -> Options:
     return dataclasses.replace(options, model=model, memory=memory, dfe=dfe)
 
 
-def _compile(setup: Setup, options: Options, devices: list[Any], *, quick: bool = False) -> Any:
+def _compile(setup: Setup, options: Options, devices: list[Any], how: dict[str, Any]) -> Any:
     """Return the compiled step, or the memory that it would take where it does not fit."""
     mesh = sharding.make_mesh(options.mesh, devices)
     fields, state = batch_fields(options), setup.state
     step, _, _ = make_mesh_step(setup.model, options, setup.optimizer, state, fields, mesh)
     lowered = step.lower(state, fields, key_shape())
     try:
-        return lowered.compile(_LEAST_EFFORT if quick else None)
+        return lowered.compile(how)
     except jax.errors.JaxRuntimeError as error:
         full = _FULL.search(str(error))
         if full is None:

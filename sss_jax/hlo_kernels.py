@@ -4,15 +4,16 @@ import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 
-from sss_jax.hlo_text import Instruction, arrays_of, dims_of, main_memory
+from sss_jax.hlo_text import Instruction, arrays_of, dims_of, main_memory, nbytes
 
 Computations = Mapping[str, Sequence[Instruction]]
 
 _WINDOW = re.compile(r"window=\{([^}]*)\}")
 _DIMS = re.compile(r"dim_labels=(\w+)_(\w+)->(\w+)")
-_CONTRACTED = re.compile(r"lhs_contracting_dims=\{([\d,]*)\}")
-_PRECISION = re.compile(r"operand_precision=\{([\w,]+)\}")
+_CONTRACTED = re.compile(r'lhs_contracting_dim(?:s=\{|ensions":\[)([\d,"]*)[}\]]')
+_PRECISION = re.compile(r'operand_precision(?:=\{|":\[)([\w,"]+)[}\]]')
 _RISING = ("default", "high", "highest")
+_CUBLAS = re.compile(r'custom_call_target="__cublas\$')
 # Convolutions as calls of cuDNN: which array plays which part in the convolution they belong to.
 _CUDNN = re.compile(r'custom_call_target="__cudnn\$conv(\w+)"')
 # Our attention on GPUs, by the kernel's name: products of D and of E channels for every logit.
@@ -50,7 +51,8 @@ def precision(instruction: Instruction, shapes: Mapping[str, str]) -> tuple[str,
     arrays = [arrays_of(shape) for shape in given[:2]]
     types = " x ".join(found[0][0] if found else "?" for found in arrays)
     asked = _PRECISION.search(instruction.rest)
-    return types, max(asked.group(1).split(","), key=_RISING.index) if asked else "default"
+    names = asked.group(1).replace('"', "").lower().split(",") if asked else ["default"]
+    return types, max(names, key=_RISING.index)
 
 
 def _is_matrix(dims: Sequence[int]) -> bool:
@@ -63,7 +65,7 @@ def flops(instruction: Instruction, shapes: Mapping[str, str], computations: Com
         return int(said.group(1))
     if instruction.opcode == "convolution" or _CUDNN.search(instruction.rest):
         return _of_convolution(instruction, shapes)
-    if instruction.opcode == "dot":
+    if instruction.opcode == "dot" or _CUBLAS.search(instruction.rest):
         return _of_dot(instruction, shapes)
     if triton := _TRITON.search(instruction.rest):
         return _of_attention(triton.group(1), instruction, shapes)
@@ -82,6 +84,9 @@ def _bytes(instruction: Instruction, shapes: Mapping[str, str], computations: Co
     operands = [shapes.get(operand, "") for operand in instruction.operands]
     read = [main_memory(operand) for operand in operands]
     written = main_memory(instruction.shape)
+    if _CUBLAS.search(instruction.rest) or _CUDNN.search(instruction.rest):
+        kind, dims = arrays_of(instruction.shape)[0]  # beside it what the library works in
+        written = nbytes(f"{kind}[{dims}]")
     if instruction.opcode == "dynamic-slice":
         return min(written, read[0]) + written
     if instruction.opcode == "dynamic-update-slice":
@@ -220,5 +225,5 @@ def _of_dot(instruction: Instruction, shapes: Mapping[str, str]) -> int:
     left = dims_of(shapes.get(instruction.operands[0], ""))
     if contracted is None or not left:
         return 0
-    axes = [int(axis) for axis in contracted.group(1).split(",") if axis]
+    axes = [int(axis) for axis in re.findall(r"\d+", contracted.group(1))]
     return 2 * math.prod(dims_of(instruction.shape)) * math.prod(left[axis] for axis in axes)

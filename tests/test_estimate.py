@@ -78,11 +78,11 @@ def test_a_program_that_is_too_large_says_by_how_much(options, whole, monkeypatc
             return self
 
         def compile(self, settings):
-            assert settings is None
+            assert settings == {"effort": -1}
             raise jax.errors.JaxRuntimeError(text)
 
     monkeypatch.setattr(estimate, "make_mesh_step", lambda *_: (Large(), None, None))
-    found = estimate._compile(estimate.set_up(options), options, jax.devices())
+    found = estimate._compile(estimate.set_up(options), options, jax.devices(), {"effort": -1})
     assert found.total == int(20.5 * 2**30)
     assert not found.fits
     assert "TOO LARGE by 4.75 GiB" in estimate_report.render(

@@ -190,6 +190,47 @@ ENTRY %main (x: {arrays[first]}, k: {arrays[second]}) -> {arrays[result]} {{
     assert cost.flops == 2 * (2 * 4 * 4 * 5) * (3 * 3 * 3)
 
 
+CALLS = """HloModule m
+
+ENTRY %main (p0: f32[9,8,32], p1: f32[9,32,64]) -> f32[9,8,64] {
+  %p0 = f32[9,8,32]{2,1,0} parameter(0)
+  %p1 = f32[9,32,64]{2,1,0} parameter(1)
+  %y = (f32[9,8,64]{2,1,0}, s8[33554432]{0}) custom-call(%p0, %p1), custom_call_target="__cublas$lt$matmul", backend_config={"gemm_backend_config":{"dot_dimension_numbers":{"lhs_contracting_dimensions":["2"],"rhs_contracting_dimensions":["1"],"lhs_batch_dimensions":["0"]},"precision_config":{"operand_precision":["DEFAULT","HIGHEST"]}}}
+  ROOT %out = f32[9,8,64]{2,1,0} get-tuple-element(%y), index=0
+}
+"""  # noqa: E501
+
+
+def test_products_of_cublas_count_like_products_and_not_what_it_works_in():
+    (cost,) = Program(CALLS).costs()
+    assert cost.flops == 2 * 9 * 8 * 64 * 32
+    assert cost.nbytes == 4 * 9 * (8 * 32 + 32 * 64 + 8 * 64)
+    assert Program(CALLS).products() == {("f32 x f32", "highest"): cost.flops}
+
+
+@pytest.mark.parametrize(
+    ("name", "channels"),
+    [
+        ("attention_forward", 16 + 32),
+        ("attention_backward_queries", 2 * 16 + 32),
+        ("attention_backward_keys", 2 * 16 + 2 * 32),
+    ],
+)
+def test_our_attention_on_gpus_counts_by_its_name(name, channels):
+    text = f"""HloModule m
+
+ENTRY %main (q: bf16[3,8,16], k: bf16[3,24,16], v: bf16[3,24,32]) -> bf16[3,8,32] {{
+  %q = bf16[3,8,16]{{2,1,0}} parameter(0)
+  %k = bf16[3,24,16]{{2,1,0}} parameter(1)
+  %v = bf16[3,24,32]{{2,1,0}} parameter(2)
+  ROOT %y = bf16[3,8,32]{{2,1,0}} custom-call(%q, %k, %v), \
+custom_call_target="__gpu$xla.gpu.triton", backend_config={{grid_x = 64 : i32, ir = "ML", name = "{name}", num_stages = 2 : i32}}
+}}
+"""
+    (cost,) = Program(text).costs()
+    assert cost.flops == 2 * 3 * 8 * 24 * channels
+
+
 def test_text_without_a_program_is_refused():
     with pytest.raises(ValueError, match="no ENTRY"):
         Program("module @jit_step {}")
