@@ -224,7 +224,8 @@ ENTRY %main (q: bf16[3,8,16], k: bf16[3,24,16], v: bf16[3,24,32]) -> bf16[3,8,32
   %k = bf16[3,24,16]{{2,1,0}} parameter(1)
   %v = bf16[3,24,32]{{2,1,0}} parameter(2)
   ROOT %y = bf16[3,8,32]{{2,1,0}} custom-call(%q, %k, %v), \
-custom_call_target="__gpu$xla.gpu.triton", backend_config={{grid_x = 64 : i32, ir = "ML", name = "{name}", num_stages = 2 : i32}}
+custom_call_target="__gpu$xla.gpu.triton", \
+backend_config={{grid_x = 64 : i32, ir = "ML", name = "{name}", num_stages = 2 : i32}}
 }}
 """
     (cost,) = Program(text).costs()
