@@ -24,6 +24,7 @@ import numpy as np
 from sss_jax import compiling
 from sss_jax.benchmarks import ceilings, race, result
 from sss_jax.models import memory_bank, tracking
+from sss_jax.models.presets import kernels_here
 from sss_jax.models.sam2 import Sam2
 
 MEMORIES, POINTERS = 7, 16
@@ -95,7 +96,7 @@ def both_sides(variant: str, args: argparse.Namespace) -> tuple[Any, Sam2, Any]:
     from tests.parity.oracle import video_reference
 
     model, ours, params = video_reference(variant, args.size)
-    config = dataclasses.replace(ours.config, dtype=args.dtype)
+    config = dataclasses.replace(ours.config, dtype=args.dtype, kernels=kernels_here())
     return model.to(args.device), Sam2(config), jax.device_put(params)
 
 

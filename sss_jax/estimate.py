@@ -19,6 +19,7 @@ from sss_jax.compilers import devices_of
 from sss_jax.errors import ConfigError
 from sss_jax.estimate_report import Estimate, Memory, Projection
 from sss_jax.hlo import Collective, Cost, Program
+from sss_jax.models.presets import Kernels
 from sss_jax.models.sss import kernels_for
 from sss_jax.options import Options
 from sss_jax.ssl.propagation import is_unrolled
@@ -170,7 +171,7 @@ def _trace(setup: Setup, options: Options) -> Any:
     return flops.trace(step, setup.state, batch_fields(options), key_shape())
 
 
-def _for_platform(options: Options, platform: str) -> Options:
+def _for_platform(options: Options, platform: Kernels) -> Options:
     """Choose what is left to the platform as that of the topology, not of this machine, would."""
     kernels = kernels_for(options, platform)
     unroll = "on" if is_unrolled(options, platform) else "off"

@@ -11,7 +11,7 @@ from numpy.typing import ArrayLike
 from sss_jax import compiling
 from sss_jax.axes import PyTree
 from sss_jax.models.image_encoder import Features, normalise_image
-from sss_jax.models.presets import preset
+from sss_jax.models.presets import kernels_here, preset
 from sss_jax.models.sam2 import Sam2
 from sss_jax.sam2_inputs import square
 
@@ -43,7 +43,7 @@ def load(folder: str | Path, *, image_size: int = 1024, dtype: str = "float32") 
     from sss_jax.conversion import sam2 as conversion
 
     info, params = conversion.load(Path(folder))
-    config = preset(info.variant, image_size, dtype, version=info.version)
+    config = preset(info.variant, image_size, dtype, version=info.version, kernels=kernels_here())
     return Network(Sam2(config), jax.device_put(params))
 
 

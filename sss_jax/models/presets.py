@@ -3,12 +3,23 @@
 import dataclasses
 from typing import Any, Literal
 
+import jax
 import jax.numpy as jnp
 
 from sss_jax.errors import ConfigError
+from sss_jax.models.attention_gpu_kernel import CAPABILITIES
 
 Kernels = Literal["off", "tpu", "gpu"]
 """The platform whose kernels of ours compute what suits them."""
+
+
+def kernels_here() -> Kernels:
+    """Name the platform of this process if kernels are written for it, and for its kind of GPU."""
+    name = jax.default_backend()
+    if name == "gpu":
+        capability = getattr(jax.devices()[0], "compute_capability", "")
+        return "gpu" if capability in CAPABILITIES else "off"
+    return "tpu" if name == "tpu" else "off"
 
 
 @dataclasses.dataclass(frozen=True)

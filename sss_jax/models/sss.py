@@ -12,13 +12,12 @@ import jax.numpy as jnp
 
 from sss_jax.axes import Array, Bool, Float, Int, Key, PyTree
 from sss_jax.errors import ConfigError
-from sss_jax.models.attention_gpu_kernel import CAPABILITIES
 from sss_jax.models.coarse_head import CoarseHead
 from sss_jax.models.image_encoder import Features, normalise_image
 from sss_jax.models.initial import draw_all, initialiser
 from sss_jax.models.mask_decoder import Skips, with_coarse
 from sss_jax.models.memory_bank import Memory, MemoryBank
-from sss_jax.models.presets import Kernels, Sam2Config, preset
+from sss_jax.models.presets import Kernels, Sam2Config, kernels_here, preset
 from sss_jax.models.prompt_encoder import MaskPrompts, Prompts, no_prompts
 from sss_jax.models.sam2 import NO_OBJECT, Sam2
 from sss_jax.options import Options
@@ -193,14 +192,14 @@ def build_model(options: Options) -> SSSModel:
         model.remat,
         remat_keeps=model.remat_keeps,
         loop_blocks=model.loop_blocks,
-        kernels=kernels_for(options, _platform()),
+        kernels=kernels_for(options, kernels_here()),
         memory=memory,
     )
     return SSSModel(config, model.num_classes, model.class_token_std)
 
 
-def kernels_for(options: Options, platform: str) -> Kernels:
-    """Choose the kernels for a platform: `tpu`, `gpu` where these suit the kernels, or another.
+def kernels_for(options: Options, platform: Kernels) -> Kernels:
+    """Choose the kernels for a platform that has some, or for one that has none, `off`.
 
     Raises:
         ConfigError: they are asked for where images are cut over devices.
@@ -211,17 +210,8 @@ def kernels_for(options: Options, platform: str) -> Kernels:
             f"model.kernels={asked}: a kernel takes whole images, and "
             f"mesh.context={options.mesh.context} cuts their rows; set one of them back"
         )
-    asked = platform if asked == "auto" else asked
-    return cast(Kernels, asked) if asked in ("tpu", "gpu") and not cut else "off"
-
-
-def _platform() -> str:
-    """Name the platform of this process; GPUs that the kernels do not fit are another one."""
-    name = jax.default_backend()
-    if name != "gpu":
-        return name
-    capability = getattr(jax.devices()[0], "compute_capability", "")
-    return name if capability in CAPABILITIES else f"{name} {capability}"
+    chosen = platform if asked == "auto" else cast(Kernels, asked)
+    return "off" if cut else chosen
 
 
 @functools.partial(jax.jit, static_argnums=0)
