@@ -59,12 +59,13 @@ def commands(args: argparse.Namespace) -> dict[str, list[str]]:
     """Return the arguments of every benchmark after `python -m`, by name, quick ones first."""
     repeats = ["--repeats", str(args.repeats)]
     found = {"pcsw_cost": ["sss_jax.benchmarks.pcsw_cost", *repeats]}
+    sizes = ["--size", str(args.size), "--dtype", args.dtype]
+    found["attention_speed"] = ["sss_jax.benchmarks.attention_speed", *sizes, *repeats]
     for preset in args.presets:
         found[f"bench_{preset}"] = [*_bench(args, preset), *repeats]
         if args.device not in race.DEVICES:
             continue
-        both = ["--size", str(args.size), "--device", args.device, "--dtype", args.dtype]
-        both += ["--compile", *repeats]
+        both = [*sizes, "--device", args.device, "--compile", *repeats]
         sam2 = ["sss_jax.benchmarks.sam2_speed", "--variants", preset, *both]
         found[f"sam2_speed_{preset}"] = sam2
         found[f"peer_step_{preset}"] = ["sss_jax.benchmarks.peer_step", "--preset", preset, *both]

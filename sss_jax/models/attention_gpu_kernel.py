@@ -118,24 +118,20 @@ def backward(
 
     `lse` is what `forward` returned, `shift` the sum of output times its gradient per query.
     """
-    q_bar = _gradient_of_queries(q, k, v, bias, lse, shift, out_bar, interpret)
-    return q_bar, *_gradients_of_keys(q, k, v, bias, lse, shift, out_bar, interpret)
+    length, widths = k.shape[1], (k.shape[2], v.shape[2])
+    q, k, v, bias = _padded(q, k, v, bias)
+    arrays = q, k, v, bias, lse, shift, _widened(out_bar, v.shape[2])
+    q_bar = _gradient_of_queries(arrays, interpret)[..., : widths[0]]
+    bars = _gradients_of_keys(arrays, interpret)
+    k_bar, v_bar = (x[:, :length, :width] for x, width in zip(bars, widths, strict=True))
+    return q_bar, k_bar, v_bar
 
 
-def _gradient_of_queries(
-    q: Array,
-    k: Array,
-    v: Array,
-    bias: Array,
-    lse: Array,
-    shift: Array,
-    out_bar: Array,
-    interpret: bool,
-) -> Array:
-    wide, (q, k, v, bias) = q.shape[-1], _padded(q, k, v, bias)
+def _gradient_of_queries(arrays: tuple[Array, ...], interpret: bool) -> Array:
+    q, k, v, *_, out_bar = arrays
     (g, n, d), m, e = q.shape, k.shape[1], v.shape[2]
     blocks = _of(BACKWARD_QUERIES, d, e)
-    q_bar = pl.pallas_call(
+    return pl.pallas_call(
         functools.partial(_queries_backward, keys=blocks.keys),
         grid=(n // blocks.queries, g),
         in_specs=[
@@ -148,8 +144,7 @@ def _gradient_of_queries(
         cost_estimate=_cost((q, k, v, out_bar), 2 * d + e),
         interpret=interpret,
         name="attention_backward_queries",
-    )(q, k, v, bias, lse, shift, _widened(out_bar, e))
-    return q_bar[..., :wide]
+    )(*arrays)
 
 
 def _queries_backward(
@@ -180,21 +175,11 @@ def _queries_backward(
     q_bar_ref[...] = total.astype(q_bar_ref.dtype)
 
 
-def _gradients_of_keys(
-    q: Array,
-    k: Array,
-    v: Array,
-    bias: Array,
-    lse: Array,
-    shift: Array,
-    out_bar: Array,
-    interpret: bool,
-) -> tuple[Array, Array]:
-    length, widths = k.shape[1], (k.shape[-1], v.shape[-1])
-    q, k, v, bias = _padded(q, k, v, bias)
+def _gradients_of_keys(arrays: tuple[Array, ...], interpret: bool) -> tuple[Array, Array]:
+    q, k, v, *_, out_bar = arrays
     (g, n, d), m, e = q.shape, k.shape[1], v.shape[2]
     blocks = _of(BACKWARD_KEYS, d, e)
-    bars = pl.pallas_call(
+    return pl.pallas_call(
         functools.partial(_keys_backward, queries=blocks.queries),
         grid=(m // blocks.keys, g),
         in_specs=[
@@ -202,14 +187,12 @@ def _gradients_of_keys(
             *(_whole(n), _whole(n), _whole(n, e)),
         ],
         out_specs=[_block(blocks.keys, d), _block(blocks.keys, e)],
-        out_shape=[jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (k, v)],
+        out_shape=tuple(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (k, v)),
         compiler_params=_parameters(blocks),
         cost_estimate=_cost((q, k, v, out_bar), 2 * d + 2 * e),
         interpret=interpret,
         name="attention_backward_keys",
-    )(q, k, v, bias, lse, shift, _widened(out_bar, e))
-    k_bar, v_bar = (x[:, :length, :width] for x, width in zip(bars, widths, strict=True))
-    return k_bar, v_bar
+    )(*arrays)
 
 
 def _keys_backward(
