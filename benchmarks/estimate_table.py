@@ -61,6 +61,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for cell, clips in itertools.product(args.only or every, args.clips):
         settings = [*settings_of(cell), *args.set]
         wanted = {"cell": cell, "clips": clips, "quick": not args.full, "settings": settings}
+        wanted |= {"changes": " ".join(args.set)} if args.set else {}
         if result.holds(rows, wanted):
             continue
         rows.append(wanted | compile_cell(args.config, settings, cell, clips, not args.full))

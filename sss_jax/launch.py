@@ -9,10 +9,9 @@ from typing import NamedTuple
 
 from sss_jax.errors import ConfigError
 from sss_jax.options import Options
-from sss_jax.topology import Topology, parse
+from sss_jax.topology import GPUS_OF_A_HOST, Topology, parse
 from sss_jax.train import sharding
 
-GPUS_OF_A_HOST = 8
 # Accelerator type and runtime of Google Cloud, by chip.
 _TPUS = {
     "v5e": ("v5litepod", "v2-alpha-tpuv5-lite"),
@@ -122,8 +121,6 @@ def _slurm(job: Job, machines: Topology) -> str:
     """A batch script: one process per GPU, a signal before the time ends, then queued again."""
     gpus = machines.devices
     nodes = -(-gpus // GPUS_OF_A_HOST)
-    if gpus % nodes:
-        raise ConfigError(f"launch: {gpus} GPUs do not make whole nodes of {GPUS_OF_A_HOST}")
     return "\n".join(
         [
             "#!/bin/bash",

@@ -53,7 +53,7 @@ def test_nodes_of_slurm():
         ("tpu-vm", "h100-8", JOB, "is for TPUs"),
         ("slurm", "v5e-16", JOB, "is for GPUs"),
         ("xpk", "v5e-16", Job(TRAIN), "needs --cluster, --image"),
-        ("slurm", "h100-9", JOB, "whole nodes"),
+        ("slurm", "h100-9", JOB, "whole hosts"),
         ("node", "h100-16", JOB, "--on slurm"),
     ],
 )

@@ -1,11 +1,13 @@
 """The table of estimates: what its cells keep, what fits, and what it says."""
 
 import itertools
+import json
 
 import pytest
 
 from sss_jax import config
 from sss_jax.benchmarks import estimate_table as table
+from sss_jax.benchmarks import schema
 
 CELLS = ["/".join(map(str, c)) for c in itertools.product(*table.AXES)]
 
@@ -48,3 +50,15 @@ def test_a_row_is_written_as_markdown():
     assert last.endswith("| 12 |")
     one["projection"] = {"step": 0.5, "exchange": 0.05, "slices_per_s": 100.0, "mfu": 0.5}
     assert "| 500 | 100 | 50% | 10.0% |" in table.render([one])
+
+
+def test_one_cell_under_other_settings_is_another_row(tmp_path, monkeypatch):
+    memory = {"state": 2, "total": 10, "capacity": 20, "fits": True}
+    found = {"memory": memory, "compile_s": 1.0, "projection": None}
+    monkeypatch.setattr(table, "compile_cell", lambda *_: dict(found))
+    words = ["--only", "tiny/512/v5e-16", "-o", str(tmp_path / "table.json")]
+    assert [table.main(words), table.main(words)] == [0, 0]
+    assert table.main([*words, "--set", "model.kernels=off"]) == 0
+    document = json.loads((tmp_path / "table.json").read_text())
+    assert len(document["rows"]) == 2
+    assert schema.problems(document) == []
