@@ -56,18 +56,14 @@ def steps(name: str, changes: Sequence[str], count: int) -> dict[str, Any]:
     step = jitted.lower(state, batch, key).compile()
     seconds, faults, losses = [], [], []
     for _ in range(count + 1):
-        began, before = time.perf_counter(), _faults()
+        began, before = time.perf_counter(), result.page_faults()
         state, metrics = step(state, batch, key)
         jax.block_until_ready(state)
         seconds.append(time.perf_counter() - began)
-        faults.append(_faults() - before)
+        faults.append(result.page_faults() - before)
         losses.append(float(metrics["loss"]))
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10
     return {"seconds": seconds[1:], "faults": faults[1:], "losses": losses, "peak_mib": peak}
-
-
-def _faults() -> int:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 
 
 def compare(name: str, changes: Sequence[str], count: int, repeats: int) -> dict[str, Any]:

@@ -8,7 +8,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 
@@ -114,29 +114,43 @@ def alternate(
     """Time two functions in turn; both wait for their result and have been called before.
 
     Beside the times there is the processor time of all threads of the process: on a CPU that others
-    use too it says more, on a GPU it is what the host spends. The other side's numbers carry the
-    name `other`.
+    use too it says more, on a GPU it is what the host spends. `faults` are pages that the system
+    had to find: a side that takes many in every call pays for memory, not for work. The other
+    side's numbers carry the name `other`.
     """
-    clocks: dict[str, list[tuple[float, float]]] = {"ours": [], other: []}
+    clocks: dict[str, list[Clock]] = {"ours": [], other: []}
     for _ in range(repeats):
         for name, run in (("ours", mine), (other, theirs)):
             time.sleep(PAUSE)
             clocks[name].append(_clock(run))
-    times = {name: result.summary([wall for wall, _ in both]) for name, both in clocks.items()}
-    busy = {name: statistics.median(cpu for _, cpu in both) for name, both in clocks.items()}
+    times = {name: result.summary([call.wall for call in calls]) for name, calls in clocks.items()}
+    busy = {name: statistics.median(call.busy for call in calls) for name, calls in clocks.items()}
     return {
         **{f"{name}_s": summary for name, summary in times.items()},
         "speedup": round(times[other]["median"] / times["ours"]["median"], 3),
         **{f"{name}_cpu_s": round(seconds, 4) for name, seconds in busy.items()},
         "speedup_cpu": round(busy[other] / max(busy["ours"], 1e-9), 3),
+        **{
+            f"{name}_faults": int(statistics.median(call.faults for call in calls))
+            for name, calls in clocks.items()
+        },
     }
 
 
-def _clock(run: Callable) -> tuple[float, float]:
-    """Seconds on the wall and seconds of processor time of one call."""
-    wall, cpu = time.perf_counter(), time.process_time()
+class Clock(NamedTuple):
+    """What one call took: seconds on the wall, seconds of all threads, page faults."""
+
+    wall: float
+    busy: float
+    faults: int
+
+
+def _clock(run: Callable) -> Clock:
+    wall, busy, faults = time.perf_counter(), time.process_time(), result.page_faults()
     run()
-    return time.perf_counter() - wall, time.process_time() - cpu
+    return Clock(
+        time.perf_counter() - wall, time.process_time() - busy, result.page_faults() - faults
+    )
 
 
 def keep_compilations() -> None:

@@ -7,6 +7,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import resource
 import statistics
 import subprocess
 import time
@@ -16,6 +17,7 @@ from typing import Any
 
 import jax
 
+_GENERATION = (("family", "cpu family"), ("model", "model"))
 PACKAGES = ("jax", "jaxlib", "flax", "torch", "transformers", "sam2", "numpy")
 
 
@@ -78,6 +80,11 @@ def _resident(name: str) -> int:
     return 1024 * int(next(line.split()[1] for line in lines if line.startswith(name)))
 
 
+def page_faults() -> int:
+    """Pages that the system had to find for this process so far."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+
+
 def environment() -> dict[str, Any]:
     """Device, versions and commit of this run."""
     return {
@@ -129,10 +136,23 @@ def save(path: Path, content: dict[str, Any]) -> None:
 
 def _processor() -> str:
     try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return processor_name(Path("/proc/cpuinfo").read_text())
     except OSError:
         return platform.processor()
-    return next((line.split(":")[1].strip() for line in lines if "model name" in line), "")
+
+
+def processor_name(cpuinfo: str) -> str:
+    """Name a processor from Linux's description, with family and model where it has them.
+
+    Virtual machines call generations that differ by half in speed by one name, as "AMD EPYC".
+    """
+    pairs = (
+        line.split(":", 1) for line in cpuinfo.partition("\n\n")[0].splitlines() if ":" in line
+    )
+    facts = {name.strip(): value.strip() for name, value in pairs}
+    parts = [facts.get("model name", "")]
+    parts += [f"{name} {facts[key]}" for name, key in _GENERATION if key in facts]
+    return ", ".join(filter(None, parts))
 
 
 def _version(name: str) -> str | None:

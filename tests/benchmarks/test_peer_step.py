@@ -228,6 +228,7 @@ def test_a_row_holds_both_times(monkeypatch):
     row = row_of(monkeypatch, options_of(False), lambda trainer: None)
     assert row["torch_s"]["median"] > 0
     assert {"ours_s", "speedup", "speedup_cpu", "torch_first_call_s"} <= row.keys()
+    assert row["ours_faults"] >= 0 <= row["torch_faults"]
 
 
 def test_a_variant_that_fails_leaves_its_error(monkeypatch):
