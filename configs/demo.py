@@ -12,10 +12,10 @@ from sss_jax.data.anatomy import CLASS_NAMES
 
 def get_config(arg: str = "sss") -> ConfigDict:
     """Return the configuration; `arg` is the method."""
-    config = common.from_scratch(common.base(arg), image_size=64, steps=300)
+    config = common.from_scratch(common.base(arg), image_size=64, steps=400)
     config.model.num_classes = 3
     config.data.class_names = CLASS_NAMES
-    # In 300 steps a teacher that knows background alone would hold the student back.
+    # In so few steps a teacher that knows background alone would hold the student back.
     config.semi.ramp_steps = config.train.steps
     config.data.clip_slices = 4
     config.data.max_stride = 3
