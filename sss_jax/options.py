@@ -114,6 +114,12 @@ class WeakOptions:
 class StrongOptions:
     """Photometric augmentation and CutMix (UniMatch V2)."""
 
+    labelled: float = option(
+        0.0,
+        "probability that a labelled clip is changed photometrically too; UniMatch V2: never",
+        low=0,
+        high=1,
+    )
     jitter: float = option(0.8, "probability of brightness and contrast jitter", low=0, high=1)
     brightness: float = option(0.5, "largest relative change of brightness", low=0, high=1)
     contrast: float = option(0.5, "largest relative change of contrast", low=0, high=1)

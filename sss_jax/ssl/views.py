@@ -15,7 +15,7 @@ from sss_jax.parallel import Axis, swap_neighbours
 
 
 class LabelledView(NamedTuple):
-    """A weak view of labelled clips; `valid` is False outside the image and on padding slices."""
+    """A view of labelled clips; `valid` is False outside the image and on padding slices."""
 
     image_BSHWC: Float[Array, "B S H W 1"]
     label_BSHW: Int[Array, "B S H W"]
@@ -39,13 +39,19 @@ class UnlabelledViews(NamedTuple):
 
 @jax.named_scope("augment")
 def labelled_view(key: Key[Array, ""], clips: dict[str, Array], options: Options) -> LabelledView:
-    """Make the weak (geometric) view of labelled clips."""
+    """Make the weak (geometric) view of labelled clips, some of them with other intensities too.
+
+    Differs from the paper: with `strong.labelled` above 0 a labelled clip may be changed
+    photometrically, like a strong view; a network without pretraining knows few scanners.
+    """
     clips = fit(clips, options)
     keys = example_keys(key, clips["id"])
     image, label, inside = jax.vmap(lambda k, x, y: weak_view(k, x, y, options.weak))(
         keys, clips["image"], clips["label"]
     )
     assert label is not None
+    if options.strong.labelled > 0:
+        image = _recoloured(jax.random.fold_in(key, 1), image, clips, options)
     return LabelledView(image, label, _valid(inside, clips["slice_mask"]))
 
 
@@ -75,6 +81,19 @@ def mix(box_B4: Float[Array, "B 4"], x: Array, axis: Axis | None) -> Array:
     """
     mask = box_mask(box_B4, x.shape[2], x.shape[3])
     return paste(mask, x, swap_neighbours(x, axis))
+
+
+def _recoloured(
+    key: Key[Array, ""], image: Array, clips: dict[str, Array], options: Options
+) -> Array:
+    """Change the intensities of some clips, each with probability `strong.labelled`."""
+
+    def one(key: Array, image: Array, mask: Array) -> Array:
+        key_choice, key_change = jax.random.split(key)
+        changed = photometric(key_change, image, options.strong, mask)
+        return jnp.where(jax.random.uniform(key_choice) < options.strong.labelled, changed, image)
+
+    return jax.vmap(one)(example_keys(key, clips["id"]), image, clips["slice_mask"])
 
 
 def _strong_view(
